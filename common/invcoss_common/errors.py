@@ -1,0 +1,64 @@
+"""The error tree: what a user can meet, what to do about it, and the exit code that a script can rely on.
+
+InvcossError (1)
+├── PlanError (3)          the plan file: unknown modality, misspelt field, impossible size
+├── DataError (4)          a site's images: empty folder, too few cases, nothing readable
+│   └── UnreadableFile     one file; it is quarantined, the visit goes on
+├── WeightsError (5)       tensors missing, extra, misshapen, not finite, wrong digest
+├── ProtocolError (6)      a message or hand-off outside the protocol's schema
+├── TrainingError (7)      the loss stopped being a number
+└── SiteError (8)          a site failed or refused; carries its error class, never its text
+"""
+
+from __future__ import annotations
+
+
+class InvcossError(Exception):
+    """Base of every error shown to a user as one line; its text says what is wrong and what to do."""
+
+    exit_code = 1
+
+    @property
+    def wire_class(self) -> str:
+        """The only thing about this error that may leave a site: the name of its class."""
+        return type(self).__name__
+
+
+class PlanError(InvcossError):
+    """The plan can't be run as written."""
+
+    exit_code = 3
+
+
+class DataError(InvcossError):
+    """A site's data can't be used as they are."""
+
+    exit_code = 4
+
+
+class UnreadableFile(DataError):
+    """One file can't be read or must not be used; the text names it and stays at the site."""
+
+
+class WeightsError(InvcossError):
+    """Tensors that don't fit the model's schema, or are not finite, or have the wrong digest."""
+
+    exit_code = 5
+
+
+class ProtocolError(InvcossError):
+    """A message, manifest or artefact outside the protocol."""
+
+    exit_code = 6
+
+
+class TrainingError(InvcossError):
+    """Training can't go on."""
+
+    exit_code = 7
+
+
+class SiteError(InvcossError):
+    """A site reported a failure."""
+
+    exit_code = 8

@@ -1,0 +1,162 @@
+"""The wire protocol's records: what a coordinator hands to a site and what a site answers. Nothing else crosses.
+
+A *hop* is one piece of work at one site (train a stage, or evaluate a model); its id names everything about it, so a
+message that arrives twice does no harm. Large artefacts (tensors) are named by sha256 and travel in parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from invcoss_common.canonical import canonical_json
+from invcoss_common.config import EvaluateConfig, Name, ReplayConfig, TrainConfig
+from invcoss_common.errors import ProtocolError
+from invcoss_common.metrics import CURVE_POINTS, check_metrics
+from invcoss_common.modality import Geometry, Modality, ModelShape
+
+PROTOCOL_VERSION = 1
+MAX_RECORD_BYTES = 1 << 20  # a hand-off or report is JSON of a few kB; more is refused unread
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|eval-[a-z0-9-]{1,48})$")]
+HopState = Literal["unknown", "queued", "running", "done", "failed"]
+Verb = Literal["hello", "have", "put", "start", "status", "get", "purge"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artefact(_Record):
+    """A file of tensors, known by its digest."""
+
+    sha256: Digest
+    size_bytes: int = Field(ge=1, le=1 << 40)
+
+
+class Pool(_Record):
+    """The synthetic images of an earlier stage: uint8 `images` (N, C, *size) in a safetensors file."""
+
+    stage: int = Field(ge=0, lt=64)
+    modality: str
+    geometry: Geometry
+    artefact: Artefact
+
+
+class Task(_Record):
+    """What a site is asked to do, complete: modality, input geometry, training, replay and evaluation."""
+
+    kind: Literal["train", "evaluate"]
+    stage: int = Field(ge=0, lt=64)
+    modality_name: str
+    modality: Modality
+    geometry: Geometry
+    spacing_mm: tuple[float, float, float] | None
+    model: ModelShape
+    families: tuple[Geometry, ...]
+    train: TrainConfig
+    replay: ReplayConfig
+    evaluate: EvaluateConfig
+    seed: int
+    threads: int | None
+
+
+class HandOff(_Record):
+    """Coordinator to site: the task, the model to start from and the pools to rehearse."""
+
+    protocol: int = PROTOCOL_VERSION
+    run: Name
+    hop: HopId
+    receiver: Name
+    plan_digest: Digest
+    code_version: str
+    task: Task
+    model: Artefact
+    pools: tuple[Pool, ...] = ()
+
+    @property
+    def artefacts(self) -> tuple[Artefact, ...]:
+        """Everything the site must hold before it can start."""
+        return (self.model, *(pool.artefact for pool in self.pools))
+
+
+class Report(_Record):
+    """Site to coordinator: the trained model and its normalisation statistics (training only) and declared numbers."""
+
+    protocol: int = PROTOCOL_VERSION
+    run: Name
+    hop: HopId
+    sender: Name
+    plan_digest: Digest
+    code_version: str
+    model: Artefact | None = None
+    statistics: Artefact | None = None
+    metrics: dict[str, float]
+    curve: tuple[float, ...] = Field(default=(), max_length=CURVE_POINTS)
+
+    @field_validator("metrics")
+    @classmethod
+    def _declared(cls, metrics: dict[str, float]) -> dict[str, float]:
+        try:
+            return check_metrics(metrics)
+        except ProtocolError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def artefacts(self) -> tuple[Artefact, ...]:
+        return tuple(artefact for artefact in (self.model, self.statistics) if artefact)
+
+
+class Status(_Record):
+    """Site to coordinator, while a hop is worked on: numbers only."""
+
+    state: HopState
+    step: int = Field(default=0, ge=0)
+    steps: int = Field(default=0, ge=0)
+    images_per_s: float = Field(default=0.0, ge=0, le=1e9)
+    loss: float = Field(default=0.0, ge=0, le=1e4)
+    error: str = Field(default="", pattern=r"^[A-Za-z]{0,48}$", description="class of the error, if failed")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One verb with small fields and at most one part of an artefact."""
+
+    verb: Verb
+    fields: dict[str, str | int] = field(default_factory=dict)
+    blob: bytes = b""
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer to a Request: small fields and at most one part of an artefact."""
+
+    fields: dict[str, str | int] = field(default_factory=dict)
+    blob: bytes = b""
+
+
+def to_bytes(record: HandOff | Report | Status) -> bytes:
+    """Canonical JSON of a record."""
+    return canonical_json(record.model_dump(mode="json"))
+
+
+R = TypeVar("R", HandOff, Report, Status)
+
+
+def from_bytes(kind: type[R], data: bytes) -> R:
+    """Parse a record of the given kind; raises ProtocolError naming the field, never echoing content."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise ProtocolError(f"{kind.__name__} of {len(data)} bytes is larger than the protocol allows")
+    try:
+        record = kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "record"
+        raise ProtocolError(f"{kind.__name__}.{where}: {first['msg']}") from None
+    version = getattr(record, "protocol", PROTOCOL_VERSION)
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol {version} is not spoken here; this side speaks {PROTOCOL_VERSION}")
+    return record
