@@ -1,0 +1,96 @@
+"""Training batches as a pure function of the step number: sampling, cropping, flipping.
+
+Because nothing is remembered between batches, a resumed run needs the step number only to draw the same batches.
+N = training images, B = batch, C = channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from invcoss_common.modality import Geometry
+from invcoss_common.seeds import generator_for
+
+FloatImages = npt.NDArray[np.float16]
+
+
+class TrainingBatches(Dataset[Tensor]):
+    """Batches (B, C, *geometry.size) float32 in [0, 1] by number, from `images` (N, C, *stored).
+
+    Every image is seen once an epoch. In 2-D a random part (area share `crop_scale`..1, aspect 3/4..4/3) of the stored
+    image is resized to the input size; `flip` mirrors the last axis (left-right) half of the time.
+    """
+
+    def __init__(
+        self, images: FloatImages, geometry: Geometry, *, batch_size: int, crop_scale: float, flip: bool, seed: int
+    ) -> None:
+        self.images, self.geometry, self.batch_size = images, geometry, batch_size
+        self.crop_scale, self.flip, self.seed = crop_scale, flip, seed
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def __getitem__(self, number: int) -> Tensor:
+        generator = generator_for(self.seed, "batch", number)
+        first = number * self.batch_size
+        return torch.stack([self._augmented(self._index(first + i), generator) for i in range(self.batch_size)])
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.images))
+        return int(self._order(epoch)[place])
+
+    def _draw_order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
+
+    def _augmented(self, index: int, generator: torch.Generator) -> Tensor:
+        stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
+        flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
+        if self.geometry.ndim == 2:
+            top, left, height, width = random_crop(stored.shape[1], stored.shape[2], self.crop_scale, generator)
+            image = resize(stored[:, top : top + height, left : left + width].float(), self.geometry)
+        else:
+            image = stored.float()
+        return image.flip(-1) if flip else image
+
+
+def random_crop(height: int, width: int, scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part covering `scale`..1 of the area, aspect 3/4..4/3."""
+    area_share, log_aspect, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    area = (scale + (1 - scale) * area_share) * height * width
+    aspect = math.exp((2 * log_aspect - 1) * math.log(4 / 3)) * width / height
+    crop_width = min(max(round(math.sqrt(area * aspect)), 1), width)
+    crop_height = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return round(y * (height - crop_height)), round(x * (width - crop_width)), crop_height, crop_width
+
+
+def resize(image: Tensor, geometry: Geometry) -> Tensor:
+    """A 2-D image (C, H, W) at the input size, antialiased."""
+    return F.interpolate(image[None], size=geometry.size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def whole_images(images: FloatImages, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
+    """Every image once, un-augmented, at the input size: batches (B, C, *size) float32."""
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size])).float()
+        if batch.shape[2:] != geometry.size:
+            batch = torch.stack([resize(image, geometry) for image in batch])
+        yield batch
+
+
+def batch_loader(batches: TrainingBatches, start: int, stop: int, workers: int) -> DataLoader[Tensor]:
+    """Batches number start..stop in order, prepared ahead by `workers` processes (0: in this one)."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )
