@@ -6,8 +6,10 @@ InvcossError (1)
 │   └── UnreadableFile     one file; it is quarantined, the visit goes on
 ├── WeightsError (5)       tensors missing, extra, misshapen, not finite, wrong digest
 ├── ProtocolError (6)      a message or hand-off outside the protocol's schema
+│   └── HopBusy            a site still works on an earlier hand-off of the same name
 ├── TrainingError (7)      the loss stopped being a number
 └── SiteError (8)          a site failed or refused; carries its error class, never its text
+    └── SiteUnreachable    no answer at all; a site that is only away for a while comes back
 """
 
 from __future__ import annotations
@@ -52,6 +54,10 @@ class ProtocolError(InvcossError):
     exit_code = 6
 
 
+class HopBusy(ProtocolError):
+    """The site still works on another hand-off of the same name."""
+
+
 class TrainingError(InvcossError):
     """Training can't go on."""
 
@@ -62,3 +68,7 @@ class SiteError(InvcossError):
     """A site reported a failure."""
 
     exit_code = 8
+
+
+class SiteUnreachable(SiteError):
+    """A site did not answer."""

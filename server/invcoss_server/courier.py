@@ -74,7 +74,10 @@ def wait(
 
 
 def fetch(courier: Courier, site: str, artefact: Artefact, store: ArtefactStore, part_bytes: int) -> int:
-    """Bring an artefact that a report of `site` names into `store`; the bytes received in this call. Raises SiteError."""
+    """Bring an artefact that a report of `site` names into `store`; the bytes received in this call.
+
+    Raises SiteError.
+    """
     before = held = store.received_bytes(artefact)
     while held < artefact.size_bytes:
         request = Request("get", {**_name(artefact), "offset": held, "length": part_bytes})

@@ -1,0 +1,147 @@
+"""A site's side of every verb: takes seconds at most, only reads and writes the spool, and may be asked twice.
+
+Errors leave as the name of their class; their text and traceback stay in the site's own log.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+
+from pydantic import TypeAdapter, ValidationError
+
+from invcoss_common import __version__
+from invcoss_common.canonical import write_atomic
+from invcoss_common.errors import HopBusy, ProtocolError
+from invcoss_common.records import (
+    PROTOCOL_VERSION,
+    Artefact,
+    HandOff,
+    HopId,
+    Report,
+    Request,
+    Response,
+    Status,
+    from_bytes,
+    to_bytes,
+)
+from invcoss_common.wire import MAX_PART_BYTES
+from invcoss_site.home import SiteHome
+from invcoss_site.work import error_class, log_error, take_lock
+
+_HOP: TypeAdapter[str] = TypeAdapter(HopId)
+
+
+def answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> Response:
+    """The site's answer to `request`; `start_work(home, hop)` begins the work of a hop and must not wait for it."""
+    try:
+        return _answer(request, home, start_work)
+    except Exception as error:
+        with suppress(OSError):
+            log_error(home, "desk.log")
+        return Response({"error": error_class(error)})
+
+
+def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> Response:
+    fields = request.fields
+    match request.verb:
+        case "hello":
+            return Response({"site": home.name, "protocol": PROTOCOL_VERSION, "code_version": __version__})
+        case "have":
+            return Response({"received": home.artefacts.received_bytes(_artefact(request))})
+        case "put":
+            return Response(
+                {"received": home.artefacts.append(_artefact(request), int(fields["offset"]), request.blob)}
+            )
+        case "start":
+            handoff = from_bytes(HandOff, str(fields["handoff"]).encode())
+            return Response({"state": _start(handoff, str(fields["attempt"]), home, start_work)})
+        case "status":
+            hop = _hop(request)
+            status = hop_status(home, hop)
+            report = (home.hop_folder(hop) / "report.json").read_text("utf-8") if status.state == "done" else ""
+            return Response({"status": to_bytes(status).decode(), "report": report})
+        case "get":
+            return Response(blob=_part(request, home))
+        case "purge":
+            home.artefacts.keep_only(set(str(fields["keep"]).split(",")))
+            return Response()
+
+
+def hop_status(home: SiteHome, hop: str) -> Status:
+    """Where a hop stands; one whose worker is gone without a word has failed with `WorkerKilled`."""
+    folder = home.hop_folder(hop)
+    if not (folder / "status.json").is_file():
+        return Status(state="unknown")
+    idle = _is_idle(home, hop)  # first, or a worker that ends between the two questions would seem killed
+    status = from_bytes(Status, (folder / "status.json").read_bytes())
+    if idle and status.state in ("queued", "running"):
+        return status.model_copy(update={"state": "failed", "error": "WorkerKilled"})
+    return status
+
+
+def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> str:
+    """Begin the work of a hand-off, unless it runs, is done, or failed in this very attempt; the hop's state."""
+    if handoff.receiver != home.name:
+        raise ProtocolError("the hand-off is for another site")
+    if not all(home.artefacts.has(artefact) for artefact in handoff.artefacts):
+        raise ProtocolError("the hand-off names artefacts that were not delivered")
+    folder, content = home.hop_folder(handoff.hop), to_bytes(handoff)
+    file = folder / "handoff.json"
+    if not file.is_file() or file.read_bytes() != content:
+        if folder.is_dir():
+            if not _is_idle(home, handoff.hop):
+                raise HopBusy("another hand-off of this name is being worked on")
+            shutil.rmtree(folder)
+        write_atomic(file, content)
+    state = hop_status(home, handoff.hop).state
+    attempt_file = folder / "attempt"
+    if (
+        state in ("queued", "running")
+        or (state == "done" and all(home.artefacts.has(artefact) for artefact in _report(home, handoff.hop).artefacts))
+        or (state == "failed" and attempt_file.read_text("utf-8") == attempt)
+    ):
+        return state
+    write_atomic(attempt_file, attempt.encode())
+    write_atomic(folder / "status.json", to_bytes(Status(state="queued")))
+    start_work(home, handoff.hop)
+    return hop_status(home, handoff.hop).state
+
+
+def _part(request: Request, home: SiteHome) -> bytes:
+    """A part of an artefact that a finished report of this site names; nothing else can be asked for."""
+    artefact = _artefact(request)
+    hops = (file.parent.name for file in home.spool.glob("*/report.json"))
+    if not any(artefact in _report(home, hop).artefacts for hop in hops if hop_status(home, hop).state == "done"):
+        raise ProtocolError("no finished report of this site names the artefact")
+    offset, length = int(request.fields["offset"]), int(request.fields["length"])
+    if not (0 <= offset < artefact.size_bytes and 0 < length <= MAX_PART_BYTES):
+        raise ProtocolError("the part asked for is outside the artefact")
+    return home.artefacts.read(artefact, offset, length)
+
+
+def _is_idle(home: SiteHome, hop: str) -> bool:
+    lock = take_lock(home, hop)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
+
+
+def _report(home: SiteHome, hop: str) -> Report:
+    return from_bytes(Report, (home.hop_folder(hop) / "report.json").read_bytes())
+
+
+def _artefact(request: Request) -> Artefact:
+    try:
+        return Artefact.model_validate({"sha256": request.fields["sha256"], "size_bytes": request.fields["size"]})
+    except ValidationError:
+        raise ProtocolError("not the name and size of an artefact") from None
+
+
+def _hop(request: Request) -> str:
+    try:
+        return _HOP.validate_python(request.fields["hop"])
+    except ValidationError:
+        raise ProtocolError("not the name of a hop") from None
