@@ -65,9 +65,13 @@ class TrainingError(InvcossError):
 
 
 class SiteError(InvcossError):
-    """A site reported a failure."""
+    """A site reported a failure; `site` is its name."""
 
     exit_code = 8
+
+    def __init__(self, text: str, site: str = "") -> None:
+        super().__init__(text)
+        self.site = site
 
 
 class SiteUnreachable(SiteError):

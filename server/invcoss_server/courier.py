@@ -68,7 +68,8 @@ def wait(
         if time.monotonic() - heard > config.stall_timeout_s:
             raise SiteError(
                 f"site '{site}' showed no progress on {handoff.hop} for {config.stall_timeout_s:g} s "
-                "(relay.stall_timeout_s); see whether it is up, then start the run again"
+                "(relay.stall_timeout_s); see whether it is up, then start the run again",
+                site,
             )
         time.sleep(config.poll_s)
 
@@ -99,7 +100,8 @@ def checked(site: str, response: Response) -> Response:
 
 def site_error(site: str, error: str) -> SiteError:
     name = error if error.isascii() and error.isalpha() and len(error) <= 48 else "Error"
-    return SiteError(f"site '{site}' failed with {name}; the site's own log (log/visit.log, log/desk.log) says why")
+    text = f"site '{site}' failed with {name}; the site's own log (log/visit.log, log/desk.log) says why"
+    return SiteError(text, site)
 
 
 def _start(courier: Courier, site: str, handoff: HandOff) -> None:

@@ -13,7 +13,14 @@ from invcoss_common.tokens import random_mask
 
 @torch.no_grad()
 def heldout_loss(
-    model: MultiModalMAE, images: Tensor, geometry: Geometry, *, mask_ratio: float, draws: int, batch_size: int, seed: int
+    model: MultiModalMAE,
+    images: Tensor,
+    geometry: Geometry,
+    *,
+    mask_ratio: float,
+    draws: int,
+    batch_size: int,
+    seed: int,
 ) -> float:
     """Mean loss over images (N, C, *size) in [0, 1] and `draws` masks that depend on `seed` only, not on batches."""
     model.eval()

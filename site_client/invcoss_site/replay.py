@@ -31,7 +31,9 @@ class ReplayPool:
     geometry: Geometry
 
 
-def distil_loss(student: MultiModalMAE, teacher: MultiModalMAE, images: Tensor, geometry: Geometry, mask: Mask) -> Tensor:
+def distil_loss(
+    student: MultiModalMAE, teacher: MultiModalMAE, images: Tensor, geometry: Geometry, mask: Mask
+) -> Tensor:
     """Latent tokens plus decoder predictions of the teacher, on the same images and mask: a scalar.
 
     ||f - f_t||^2 / Var(f_t) + masked MSE(g(f), g_t(f_t)). Synthetic pixels are never a target, so their artefacts are

@@ -91,7 +91,9 @@ def train(
     batches = TrainingBatches(
         images, geometry, batch_size=config.batch_size, crop_scale=config.crop_scale, flip=flip, seed=seed
     )
-    loader = iter(batch_loader(batches, progress.step * config.accumulate, progress.steps * config.accumulate, config.workers))
+    loader = iter(
+        batch_loader(batches, progress.step * config.accumulate, progress.steps * config.accumulate, config.workers)
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bf16(config, device))
     bad_in_a_row = 0
     saved_at = time.monotonic()

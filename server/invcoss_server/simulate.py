@@ -1,0 +1,154 @@
+"""A whole federation on one machine: the coordinator and the sites of a plan in one private Flower run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from invcoss_common import errors
+from invcoss_common.config import Plan, load_plan
+from invcoss_common.errors import DataError, InvcossError, PlanError, SiteError
+from invcoss_server.flower_run import FlowerRun, end_marked
+
+OUTCOME = "outcome.json"  # in a run's folder: how the last attempt ended, left there by the ServerApp
+EVENTS = "events.jsonl"
+LOG = "flower.log"
+
+LOOK_S = 0.2  # pause between two looks at the events
+ASK_FLOWER_S = 30.0  # pause between two questions whether the run ended without an outcome; each costs a second of CPU
+WIND_DOWN_S = 60.0  # longest that Flower takes to end a run whose relay has ended
+TAIL_LINES = 60
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def simulate(plan_path: Path, data: Path | None, out: Path, on_event: OnEvent) -> None:
+    """Run a plan with every site on this machine; `on_event` gets each line that the relay adds to its events.
+
+    A run that was interrupted goes on where it stood when started again with the same `out`. Raises InvcossError: what
+    the relay raised, after printing the log of the site or coordinator that failed. No process is left behind.
+    """
+    plan = load_plan(plan_path)
+    check_sources(plan, data)
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"plan": str(plan_path.resolve()), "data": str(data.resolve()) if data else "", "out": str(out)}
+    with _alone_in(out), _signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="invcoss-") as scratch:
+        end_marked(str(out))  # what a killed simulation left
+        (out / OUTCOME).unlink(missing_ok=True)
+        (out / LOG).unlink(missing_ok=True)
+        try:
+            _follow(FlowerRun(Path(scratch), out / LOG, str(out), len(plan.sites), config), out, on_event)
+        finally:
+            end_marked(str(out))
+    _raise_failure(out)
+
+
+def check_sources(plan: Plan, data: Path | None) -> None:
+    """Raise PlanError or DataError unless the plan and `data` say where every site's images are."""
+    for site in plan.sites:
+        source = plan.simulation.get(site)
+        if source is None:
+            raise PlanError(f"site '{site}' has no images; add [simulation.{site}] with phantoms or folder to the plan")
+        if source.folder is None:
+            continue
+        if data is None:
+            raise DataError(f"site '{site}' reads its images from '{source.folder}'; say with --data where that is")
+        if not (data / source.folder).is_dir():
+            raise DataError(f"{data / source.folder}: no such folder; site '{site}' reads its images from there")
+
+
+def _follow(run: FlowerRun, out: Path, on_event: OnEvent) -> None:
+    """Pass on events until the relay has left its outcome and Flower has ended the run, or Flower alone has."""
+    events, next_question = _Tail(out / EVENTS), time.monotonic() + ASK_FLOWER_S
+    while not (out / OUTCOME).exists():
+        for line in events.new_lines():
+            on_event(json.loads(line))
+        if time.monotonic() > next_question:
+            if run.ended():
+                break
+            next_question = time.monotonic() + ASK_FLOWER_S
+        time.sleep(LOOK_S)
+    for line in events.new_lines():
+        on_event(json.loads(line))
+    deadline = time.monotonic() + WIND_DOWN_S
+    while not run.ended() and time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
+class _Tail:
+    """The lines that others add to a file from now on, each once it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def new_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            complete = file.read().rpartition(b"\n")[0]
+        self.position += len(complete) + 1 if complete else 0
+        return complete.decode().splitlines()
+
+
+def _raise_failure(out: Path) -> None:
+    """Raise what the relay raised, if it did; the log that explains it goes to stderr first."""
+    if not (out / OUTCOME).exists():
+        _print_tail(out / LOG)
+        raise InvcossError(f"the coordinator ended without a word; see {out / LOG}")
+    outcome = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
+    if not outcome["error"]:
+        return
+    if outcome["site"]:
+        logs = (out / "sites" / outcome["site"] / "log").glob("*.log")
+        _print_tail(max(logs, key=lambda log: log.stat().st_mtime, default=out / LOG))
+        raise SiteError(outcome["text"], outcome["site"])
+    kind = getattr(errors, outcome["error"], None)
+    if kind is None:
+        _print_tail(out / LOG)
+        raise InvcossError(f"the coordinator failed with {outcome['error']}; see {out / LOG}")
+    raise kind(outcome["text"])
+
+
+def _print_tail(log: Path) -> None:
+    if log.exists():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        print(f"--- end of {log}", *lines, "---", sep="\n", file=sys.stderr)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    with (out / "simulate.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvcossError(
+                f"{out}: another simulation is running here; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, so that what was started is ended; SIGINT raises KeyboardInterrupt anyway."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

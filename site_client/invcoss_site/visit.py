@@ -1,0 +1,165 @@
+"""The main path of a site: a hand-off comes in, images stay, a trained model and numbers go out. Start reading here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from invcoss_common import __version__
+from invcoss_common.metrics import CURVE_POINTS
+from invcoss_common.model import MultiModalMAE
+from invcoss_common.records import HandOff, Report, Status, Task
+from invcoss_common.seeds import derive_seed
+from invcoss_common.statistics import record_statistics, statistics_to_bytes
+from invcoss_common.weights import model_from_bytes, model_to_bytes
+from invcoss_site.batches import FloatImages, whole_images
+from invcoss_site.evaluate import heldout_loss
+from invcoss_site.home import SiteHome
+from invcoss_site.inventory import take_inventory
+from invcoss_site.prepare import SiteImages, prepare
+from invcoss_site.replay import Rehearse, ReplayPool, rehearsal
+from invcoss_site.trainer import Progress, train
+
+OnStatus = Callable[[Status], None]
+
+
+def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
+    """Do what `handoff` asks with this site's images and return what may leave.
+
+    Artefacts of the hand-off are in `home.artefacts` already; those of the report are put there. A killed visit that
+    is called again goes on from its checkpoint. Raises InvcossError with a text meant for this site only.
+    """
+    task = handoff.task
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = site_images(home, task)
+    model = load_model(handoff, home, device)
+    metrics = {
+        "train_images": float(len(images.train)),
+        "train_cases": float(images.train_cases),
+        "heldout_images": float(len(images.heldout)),
+        "quarantined_files": float(len(images.quarantined)),
+    }
+    report = Report(
+        run=handoff.run,
+        hop=handoff.hop,
+        sender=home.name,
+        plan_digest=handoff.plan_digest,
+        code_version=__version__,
+        metrics=metrics,
+    )
+    if task.kind == "train":
+        report = _train(handoff, home, model, images, on_status, report)
+    loss = evaluate(model, images.heldout, task)
+    return report.model_copy(update={"metrics": report.metrics | {"heldout_mim_loss": loss}})
+
+
+def site_images(home: SiteHome, task: Task) -> SiteImages:
+    """This site's images of the task's modality, ready for the model; damaged files are quarantined."""
+    inventory = take_inventory(home.data, task.modality, home.index)
+    return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache)
+
+
+def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiModalMAE:
+    data = home.artefacts.path(handoff.model).read_bytes()
+    return model_from_bytes(data, handoff.task.model, handoff.task.families).to(device)
+
+
+def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task) -> float:
+    """Held-out loss; the masks depend on the run's seed only, so that stages can be compared."""
+    few = torch.from_numpy(np.ascontiguousarray(heldout[: task.evaluate.max_images]))
+    return heldout_loss(
+        model,
+        few,
+        task.geometry,
+        mask_ratio=task.train.mask_ratio,
+        draws=task.evaluate.mask_draws,
+        batch_size=task.evaluate.batch_size,
+        seed=task.seed,
+    )
+
+
+def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Rehearse | None:
+    """The rehearsal of the hand-off's pools against the model as it arrived, or None in the first stage."""
+    if not handoff.pools:
+        return None
+    task = handoff.task
+    pools = [
+        ReplayPool(load_file(home.artefacts.path(pool.artefact))["images"], pool.geometry) for pool in handoff.pools
+    ]
+    return rehearsal(
+        load_model(handoff, home, device),
+        pools,
+        task.replay,
+        batch_size=task.train.batch_size,
+        mask_ratio=task.train.mask_ratio,
+        seed=derive_seed(task.seed, "stage", task.stage),
+    )
+
+
+def _train(
+    handoff: HandOff, home: SiteHome, model: MultiModalMAE, images: SiteImages, on_status: OnStatus, report: Report
+) -> Report:
+    task = handoff.task
+    device = model.cls_token.device
+
+    def tell(progress: Progress) -> None:
+        on_status(
+            Status(
+                state="running",
+                step=progress.step,
+                steps=progress.steps,
+                images_per_s=progress.images_per_s,
+                loss=min(progress.losses[-1], 1e4) if progress.losses else 0.0,
+            )
+        )
+
+    progress = train(
+        model,
+        images.train,
+        task.geometry,
+        task.train,
+        seed=derive_seed(task.seed, "stage", task.stage),
+        flip=task.modality.horizontal_flip,
+        rehearse=load_rehearsal(handoff, home, device),
+        checkpoint=checkpoint_path(home, handoff.hop),
+        on_progress=tell,
+    )
+    statistics = record_statistics(
+        model,
+        (batch.to(device) for batch in whole_images(images.train, task.geometry, task.evaluate.batch_size)),
+        task.geometry,
+        task.train.mask_ratio,
+        seed=derive_seed(task.seed, "statistics", task.stage),
+    )
+    metrics = report.metrics | {
+        "train_mim_loss": float(statistics.task_loss),
+        "train_seconds": progress.train_seconds,
+        "images_per_s": progress.images_per_s,
+        "data_wait_share": progress.data_wait_share,
+        "skipped_steps": float(progress.skipped),
+    }
+    return report.model_copy(
+        update={
+            "model": home.artefacts.put(model_to_bytes(model)),
+            "statistics": home.artefacts.put(statistics_to_bytes(statistics)),
+            "metrics": metrics,
+            "curve": shorten(progress.losses, CURVE_POINTS),
+        }
+    )
+
+
+def checkpoint_path(home: SiteHome, hop: str) -> Path:
+    return home.hop_folder(hop) / "checkpoint.safetensors"
+
+
+def shorten(values: list[float], points: int) -> tuple[float, ...]:
+    """Means of at most `points` equal stretches of `values`."""
+    if not values:
+        return ()
+    return tuple(float(part.mean()) for part in np.array_split(np.asarray(values), min(points, len(values))))
