@@ -62,7 +62,7 @@ class ArtefactStore:
             if sha256_file(part) != artefact.sha256:
                 part.unlink()
                 raise ProtocolError("artefact does not have the announced sha256; transfer it again")
-            os.replace(part, self.path(artefact))
+            part.replace(self.path(artefact))
         return held
 
     def read(self, artefact: Artefact, offset: int, length: int) -> bytes:

@@ -13,15 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from invcoss_common.canonical import canonical_json, sha256_hex
 from invcoss_common.errors import PlanError
-from invcoss_common.modality import MODALITIES, Geometry, Modality, SizeName, geometry_for, lookup
+from invcoss_common.modality import MODALITIES, SIZES, Geometry, Modality, ModelShape, SizeName, geometry_for, lookup
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1e4)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainConfig(_Part):
@@ -34,7 +35,7 @@ class TrainConfig(_Part):
     lr: float = Field(default=1.5e-3, gt=0, le=1, description="peak learning rate of AdamW")
     warmup: Share = Field(default=0.1, description="share of the steps spent warming up; then cosine to 0")
     weight_decay: float = Field(default=0.05, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     clip_norm: float = Field(default=1.0, gt=0, description="gradient norm above which gradients are scaled down")
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="share of patches removed")
     crop_scale: Share = Field(default=0.2, description="smallest area share of a random resized crop (2-D)")
@@ -156,9 +157,14 @@ class Plan(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         for number, stage in enumerate(self.stages, start=1):
-            modality = lookup(stage.modality, self.modality_table)
+            try:
+                modality = lookup(stage.modality, self.modality_table)
+            except PlanError as error:
+                raise ValueError(f"stage {number}: {error}") from None
             if stage.spacing_mm and modality.ndim != 3:
-                raise ValueError(f"stage {number}: spacing_mm is for 3-D modalities, {stage.modality} has {modality.ndim}")
+                raise ValueError(
+                    f"stage {number}: spacing_mm is for 3-D modalities, {stage.modality} has {modality.ndim}"
+                )
         unknown = set(self.simulation) - set(self.sites)
         if unknown:
             raise ValueError(f"simulation names sites that no stage visits: {', '.join(sorted(unknown))}")
@@ -172,6 +178,10 @@ class Plan(_Part):
     def sites(self) -> tuple[str, ...]:
         """Every site once, in the order of its first visit."""
         return tuple(dict.fromkeys(stage.site for stage in self.stages))
+
+    @property
+    def model_shape(self) -> ModelShape:
+        return SIZES[self.size].model
 
     def modality(self, stage: int) -> Modality:
         return self.modality_table[self.stages[stage].modality]
@@ -205,7 +215,8 @@ def parse_plan(data: dict[str, object], origin: str) -> Plan:
         elif "input" in first and not isinstance(first["input"], dict | list):
             reason += f" (found {first['input']!r})"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise PlanError(f"{origin}: {field}: {reason}{more}") from None
+        line = f"{origin}: {field}: {reason}{more}"
+        raise PlanError("".join(c if c.isprintable() else "?" for c in line)) from None
 
 
 def load_plan(path: Path) -> Plan:
@@ -216,8 +227,4 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: can't read the plan ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: not a TOML file: {error}") from None
-    try:
-        return parse_plan(data, str(path))
-    except PlanError as error:
-        text = str(error)
-        raise PlanError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    return parse_plan(data, str(path))

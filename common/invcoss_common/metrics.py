@@ -22,7 +22,11 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "heldout_mim_loss": Metric(
-        "normalised squared error", "lower", 0.0, 1e4, "masked reconstruction on held-out cases; 1 = predicting the mean"
+        "normalised squared error",
+        "lower",
+        0.0,
+        1e4,
+        "masked reconstruction on held-out cases; 1 = predicting the mean",
     ),
     "train_mim_loss": Metric("normalised squared error", "lower", 0.0, 1e4, "the same on training cases, frozen model"),
     "heldout_images": Metric("images", "neither", 0, 1e9, "held-out images evaluated"),

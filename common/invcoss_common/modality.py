@@ -17,7 +17,7 @@ SizeName = Literal["nano", "tiny", "small", "base", "large"]
 class Modality(BaseModel):
     """One row of the modality table: facts that hold at every size of model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ndim: Literal[1, 2, 3] = Field(description="spatial dimensions of one image")
     channels: Literal[1, 3] = Field(default=1, description="1 grey, 3 RGB")
@@ -35,6 +35,8 @@ class Modality(BaseModel):
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         if self.normalisation == "percentile" and not 0 <= self.low < self.high <= 100:
             raise ValueError("percentiles lie between 0 and 100")
+        if self.channels == 3 and self.ndim != 2:
+            raise ValueError(f"3 channels are for 2-D images; give this {self.ndim}-D modality channels = 1")
         return self
 
 

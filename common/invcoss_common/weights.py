@@ -29,8 +29,8 @@ def tensors_from_bytes(data: bytes, schema: Schema) -> dict[str, Tensor]:
     """Parse tensors that must fit `schema` exactly and be finite; raises WeightsError naming the first offence."""
     try:
         tensors = load(data)
-    except SafetensorError as error:
-        raise WeightsError(f"not a safetensors file: {error}") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a number type that torch does not have
+        raise WeightsError(f"not a safetensors file of known types: {str(error)!r}") from None
     check_tensors(tensors, schema)
     return tensors
 
@@ -38,13 +38,17 @@ def tensors_from_bytes(data: bytes, schema: Schema) -> dict[str, Tensor]:
 def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
     """Raise WeightsError unless names, shapes and types equal the schema's and every value is finite."""
     if missing := sorted(schema.keys() - tensors.keys()):
-        raise WeightsError(f"tensor '{missing[0]}' is missing ({len(missing)} in all); were these weights made by this plan?")
+        raise WeightsError(
+            f"tensor '{missing[0]}' is missing ({len(missing)} in all); were these weights made by this plan?"
+        )
     if extra := sorted(tensors.keys() - schema.keys()):
-        raise WeightsError(f"{len(extra)} tensor(s) that the model does not have, such as '{extra[0][:64]}'")
+        raise WeightsError(f"{len(extra)} tensor(s) that the model does not have, such as {extra[0][:64]!r}")
     for name, (shape, dtype) in schema.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise WeightsError(f"tensor '{name}' is {tuple(tensor.shape)} {tensor.dtype}; the model needs {shape} {dtype}")
+            raise WeightsError(
+                f"tensor '{name}' is {tuple(tensor.shape)} {tensor.dtype}; the model needs {shape} {dtype}"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"tensor '{name}' holds NaN or infinite values; the training that made it went wrong")
 

@@ -18,7 +18,6 @@ from invcoss_server.courier import checked
 from invcoss_server.relay import relay
 from invcoss_server.simulate import OUTCOME
 
-
 POLL_S = 0.05  # Flower's own send_and_receive looks for replies every 3 s
 TTL_S = 600.0  # Flower's life time of one message
 RETRY_S = 1.0

@@ -7,6 +7,7 @@ B = batch, C = image channels, Z = latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class InvUNet(nn.Module):
 
         self.bottleneck = _double_convolution(latent_channels, widths[0], ndim)
         self.cache_in = conv(latent_channels, caches[0], 1)
-        self.cache_steps = nn.ModuleList(conv(a, b, 1) for a, b in zip(caches, caches[1:], strict=False))
+        self.cache_steps = nn.ModuleList(conv(a, b, 1) for a, b in pairwise(caches))
         self.memory = nn.ModuleList(MemoryMap(c, s) for c, s in zip(caches[1:], self.scales[1:], strict=True))
         self.steps = nn.ModuleList(
             _double_convolution(widths[i] + caches[i + 1], widths[i + 1], ndim) for i in range(len(widths) - 1)
@@ -108,7 +109,7 @@ class DcganDecoder(nn.Module):
         self.into = nn.Sequential(conv(latent_channels, widths[0], 3, padding=1), nn.GroupNorm(4, widths[0]), nn.ReLU())
         self.steps = nn.ModuleList(
             nn.Sequential(conv(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.out = conv(widths[-1], geometry.channels, 3, padding=1)
 

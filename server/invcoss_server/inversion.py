@@ -149,9 +149,8 @@ class _Group:
             generator = GENERATORS[config.generator](geometry, config.latent_channels, config.width)
             # Convolutions run up to twice as fast with channels last.
             self.layout = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)[geometry.ndim - 1]
-            self.generator = generator.to(device=device, memory_format=self.layout)
-            start = torch.randn(count, int(np.prod(self.shape)))
-            self.latents = nn.Embedding.from_pretrained(start, freeze=False, sparse=True).to(device)
+            self.generator = generator.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
+            self.latents = nn.Embedding(count, int(np.prod(self.shape)), sparse=True).to(device)  # standard normal
         # Only the latents drawn in a step move: sparse Adam leaves the others' momentum alone.
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.SparseAdam(self.latents.parameters(), lr=config.lr_latent, betas=(0.9, 0.99))

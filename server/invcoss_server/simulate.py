@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,35 +71,39 @@ def _follow(run: FlowerRun, out: Path, on_event: OnEvent) -> None:
     """Pass on events until the relay has left its outcome and Flower has ended the run, or Flower alone has."""
     events, next_question = _Tail(out / EVENTS), time.monotonic() + ASK_FLOWER_S
     while not (out / OUTCOME).exists():
-        for line in events.new_lines():
-            on_event(json.loads(line))
+        for event in events.new():
+            on_event(event)
         if time.monotonic() > next_question:
             if run.ended():
                 break
             next_question = time.monotonic() + ASK_FLOWER_S
         time.sleep(LOOK_S)
-    for line in events.new_lines():
-        on_event(json.loads(line))
+    for event in events.new():
+        on_event(event)
     deadline = time.monotonic() + WIND_DOWN_S
     while not run.ended() and time.monotonic() < deadline:
         time.sleep(1.0)
 
 
 class _Tail:
-    """The lines that others add to a file from now on, each once it is complete."""
+    """The events that are added to a file from now on, each once its line is complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = path.stat().st_size if path.exists() else 0
 
-    def new_lines(self) -> list[str]:
+    def new(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
             file.seek(self.position)
             complete = file.read().rpartition(b"\n")[0]
         self.position += len(complete) + 1 if complete else 0
-        return complete.decode().splitlines()
+        events = []
+        for line in complete.splitlines():
+            with suppress(json.JSONDecodeError):  # half a line of a relay that was killed
+                events.append(json.loads(line))
+        return events
 
 
 def _raise_failure(out: Path) -> None:
@@ -141,7 +145,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit, so that what was started is ended; SIGINT raises KeyboardInterrupt anyway."""
+    """SIGTERM and SIGHUP raise SystemExit, so that what was started is ended, as KeyboardInterrupt does for SIGINT."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

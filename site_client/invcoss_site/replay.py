@@ -43,7 +43,8 @@ def distil_loss(
         teacher_latent, teacher_prediction = teacher(images, geometry, mask)
     latent, prediction = student(images, geometry, mask)
     features = (latent - teacher_latent).square().mean() / teacher_latent.var(unbiased=False)
-    return features + masked_error(prediction, teacher_prediction, mask).mean()
+    out: Tensor = features + masked_error(prediction, teacher_prediction, mask).mean()
+    return out
 
 
 def published_loss(
@@ -54,14 +55,15 @@ def published_loss(
         teacher_latent = teacher.encode(images, geometry, mask.keep)
     latent, prediction = student(images, geometry, mask)
     features = (latent - teacher_latent).square().mean()
-    return reconstruction_loss(prediction, images, geometry, mask) + features
+    out: Tensor = reconstruction_loss(prediction, images, geometry, mask) + features
+    return out
 
 
 LOSSES: dict[str, ReplayLoss] = {"distil": distil_loss, "published": published_loss}
 
 
 def mix_pairs(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Intra-modal mixup x' = a x_i + (1 - a) x_j, a uniform in [0, 1], partners drawn within the batch (MedCoSS, Eq. 4)."""
+    """Intra-modal mixup x' = a x_i + (1 - a) x_j, a uniform in [0, 1], partners from the batch (MedCoSS, Eq. 4)."""
     partner = torch.randperm(len(images), generator=generator)
     share = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator).to(images.device)
     return share * images + (1 - share) * images[partner.to(images.device)]

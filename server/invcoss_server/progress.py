@@ -1,0 +1,83 @@
+"""What the operator sees while a relay runs: a bar for each visit and inversion, a line for each finished stage."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from invcoss_common.config import Plan
+
+
+class ProgressView:
+    """Shows the events of a relay; a context manager, so that the terminal is left in order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.console = Console()
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.key = ""
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> ProgressView:
+        self.progress.start()
+        self._bar("start", "starting Flower", None, 0, "")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event; kinds that are not known are left out."""
+        match event["event"]:
+            case "stage":
+                where = f"stage {event['stage'] + 1} of {event['stages']}"
+                self._say(f"[bold]{where}[/bold]: {event['modality']} at {event['site']}")
+            case "status" if event["state"] in ("queued", "running"):
+                detail = f"{event['images_per_s']:.0f} images/s, loss {event['loss']:.3f}" if event["step"] else ""
+                words = "visit" if event["hop"].endswith("train") else "evaluation"
+                total = event["steps"] or None
+                self._bar(event["hop"], f"{words} at {event['site']}", total, event["step"], detail)
+            case "inversion":
+                detail = f"{event['images_per_s']:.2f} images/s, task {event['task']:.3f}, norm {event['norm']:.3f}"
+                self._bar(f"inversion {event['stage']}", "inversion", event["steps"], event["step"], detail)
+            case "hop":
+                mib = event["sent_bytes"] / 2**20
+                self._say(
+                    f"  {event['hop']}: held-out loss {event['loss']:.3f} at {event['site']} ({mib:.1f} MiB sent)"
+                )
+            case "released":
+                losses = zip(self.plan.stages, event["losses"], strict=False)
+                self._say("  released; losses " + ", ".join(f"{s.modality} {v:.3f}" for s, v in losses))
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def _bar(self, key: str, words: str, total: int | None, done: int, detail: str) -> None:
+        """Move the bar of `key`, replacing that of another key."""
+        if key != self.key or self.task is None:
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.key, self.task = key, self.progress.add_task(words, total=total, detail=detail)
+        self.progress.update(self.task, total=total, completed=done, detail=detail)

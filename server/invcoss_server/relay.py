@@ -1,0 +1,248 @@
+"""The main path of the coordinator: the model goes from site to site, and is inverted after every visit. Start here.
+
+    for stage in plan: deliver -> wait -> fetch -> accept -> invert -> evaluate at all earlier sites -> released
+
+Every step is written to the run's state before the next one; a relay that was killed goes on when it is called again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from invcoss_common import __version__
+from invcoss_common.artefacts import ArtefactStore
+from invcoss_common.config import Plan
+from invcoss_common.errors import InvcossError, SiteError
+from invcoss_common.modality import Geometry
+from invcoss_common.model import build_model, extend_model
+from invcoss_common.records import Artefact, HandOff, Pool, Report, Status, Task
+from invcoss_common.seeds import derive_seed
+from invcoss_common.weights import model_from_bytes, model_to_bytes
+from invcoss_server.accept import check_model, check_report, check_statistics
+from invcoss_server.courier import Courier, deliver, fetch, purge, wait
+from invcoss_server.events import Events
+from invcoss_server.inversion import InversionProgress
+from invcoss_server.report import write_report
+from invcoss_server.state import Hop, RunState
+from invcoss_server.synthesis import Job, Synthesise, synthesise_in_child
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of a relay works with."""
+
+    plan: Plan
+    courier: Courier
+    state: RunState
+    store: ArtefactStore
+    events: Events
+    out: Path
+    synthesise: Synthesise
+
+
+def relay(plan: Plan, courier: Courier, out: Path, synthesise: Synthesise = synthesise_in_child) -> None:
+    """Run `plan` to its end in the folder `out`, or go on with it there; raises InvcossError when a stage fails."""
+    run = Run(
+        plan,
+        courier,
+        RunState(out / "state.db", plan),
+        ArtefactStore(out / "artefacts"),
+        Events(out / "events.jsonl"),
+        out,
+        synthesise,
+    )
+    for number, stage in enumerate(plan.stages):
+        if run.state.stage(number).state == "released":
+            continue
+        run.events.add("stage", stage=number, stages=len(plan.stages), site=stage.site, modality=stage.modality)
+        try:
+            visit_site(run, number)
+            invert_stage(run, number)
+            evaluate_stage(run, number)
+        except InvcossError as error:
+            run.state.move(number, "failed", error=type(error).__name__)
+            raise
+        run.state.move(number, "released")
+        publish(run, number)
+        losses = {of: loss for (after, of), loss in run.state.losses().items() if after == number}
+        run.events.add("released", stage=number, losses=[losses[of] for of in range(number + 1)])
+
+
+def visit_site(run: Run, number: int) -> None:
+    """waiting -> visiting -> received: the site trains the model; what it returns is checked and stored."""
+    if run.state.stage(number).model is not None:
+        return
+    run.state.move(number, "visiting")
+    model, pools = starting_model(run, number), earlier_pools(run, number)
+    handoff = hand_off(run, f"s{number:02d}-train", task_for(run.plan, number, "train"), model, pools)
+    report = do_hop(run, handoff, number, number)
+    assert report.model and report.statistics
+    run.state.move(number, "received", model=report.model, statistics=report.statistics)
+    clear(run, handoff.receiver)
+
+
+def invert_stage(run: Run, number: int) -> None:
+    """received -> inverting: the model becomes a pool of synthetic images for all later stages."""
+    stage, plan = run.state.stage(number), run.plan
+    if stage.pool is not None:
+        return
+    assert stage.model and stage.statistics
+    run.state.move(number, "inverting")
+    job = Job(
+        model=run.store.path(stage.model).resolve(),
+        statistics=run.store.path(stage.statistics).resolve(),
+        shape=plan.model_shape,
+        families=families(plan, number),
+        geometry=plan.geometry(number),
+        inversion=plan.inversion,
+        mask_ratio=plan.train.mask_ratio,
+        seed=derive_seed(plan.seed, "inversion", number),
+        threads=plan.threads,
+    )
+
+    def tell(progress: InversionProgress) -> None:
+        run.events.add("inversion", stage=number, **asdict(progress))
+
+    folder, began = run.out / "inversion" / f"stage-{number:02d}", time.monotonic()
+    pool = run.store.put(run.synthesise(job, folder, tell))
+    run.state.move(number, "inverting", pool=pool, inversion_s=time.monotonic() - began)
+    shutil.rmtree(folder)
+
+
+def evaluate_stage(run: Run, number: int) -> None:
+    """inverting -> released: every earlier site evaluates the new model on its own held-out images."""
+    model = run.state.stage(number).model
+    assert model is not None
+    for of in range(number):
+        hop = f"s{number:02d}-eval-{of:02d}"
+        if run.state.hop(hop) is None:
+            task = task_for(run.plan, of, "evaluate", upto=number)
+            handoff = hand_off(run, hop, task, model, ())
+            do_hop(run, handoff, number, of)
+            clear(run, handoff.receiver)
+
+
+def do_hop(run: Run, handoff: HandOff, number: int, of: int) -> Report:
+    """Deliver a hand-off, wait until its work is done, fetch and accept what it made; all of it may be repeated."""
+    site, part_bytes = handoff.receiver, run.plan.relay.part_mib << 20
+
+    def tell(status: Status) -> None:
+        run.events.add("status", hop=handoff.hop, site=site, **status.model_dump())
+
+    began = time.monotonic()
+    sent = deliver(run.courier, site, handoff, run.store, part_bytes)
+    delivered = time.monotonic()
+    report = wait(run.courier, site, handoff, run.plan.relay, tell)
+    check_report(report, handoff)
+    worked = time.monotonic()
+    received = sum(fetch(run.courier, site, artefact, run.store, part_bytes) for artefact in report.artefacts)
+    if report.model and report.statistics:
+        check_model(run.store.path(report.model).read_bytes(), handoff.task)
+        check_statistics(run.store.path(report.statistics).read_bytes(), report, handoff.task)
+    fetched = time.monotonic()
+    seconds = (delivered - began, worked - delivered, fetched - worked)
+    run.state.record(Hop(handoff.hop, number, of, site, report, sent, received, *seconds))
+    run.events.add("hop", hop=handoff.hop, site=site, loss=report.metrics["heldout_mim_loss"], sent_bytes=sent)
+    return report
+
+
+def hand_off(run: Run, hop: str, task: Task, model: Artefact, pools: tuple[Pool, ...]) -> HandOff:
+    return HandOff(
+        run=run.plan.name,
+        hop=hop,
+        receiver=run.plan.stages[task.stage].site,
+        plan_digest=run.plan.digest(),
+        code_version=__version__,
+        task=task,
+        model=model,
+        pools=pools,
+    )
+
+
+def task_for(plan: Plan, number: int, kind: str, upto: int | None = None) -> Task:
+    """The work of stage `number`; `upto` is the stage whose model it is done with, if a later one."""
+    return Task.model_validate(
+        {
+            "kind": kind,
+            "stage": number,
+            "modality_name": plan.stages[number].modality,
+            "modality": plan.modality(number),
+            "geometry": plan.geometry(number),
+            "spacing_mm": plan.stages[number].spacing_mm,
+            "model": plan.model_shape,
+            "families": families(plan, number if upto is None else upto),
+            "train": plan.train_for(number),
+            "replay": plan.replay,
+            "evaluate": plan.evaluate,
+            "seed": plan.seed,
+            "threads": plan.threads,
+        }
+    )
+
+
+def families(plan: Plan, number: int) -> tuple[Geometry, ...]:
+    """One geometry for each family that the model of stage `number` has, in order of appearance."""
+    found: dict[str, Geometry] = {}
+    for geometry in map(plan.geometry, range(number + 1)):
+        found.setdefault(geometry.family, geometry)
+    return tuple(found.values())
+
+
+def starting_model(run: Run, number: int) -> Artefact:
+    """The model that stage `number` starts from: fresh, or the previous stage's, with the new stage's family."""
+    plan, seed = run.plan, derive_seed(run.plan.seed, "model")
+    if number == 0:
+        return run.store.put(model_to_bytes(build_model(plan.model_shape, families(plan, 0), seed)))
+    before = run.state.stage(number - 1).model
+    assert before is not None
+    if families(plan, number) == families(plan, number - 1):
+        return before
+    model = model_from_bytes(run.store.path(before).read_bytes(), plan.model_shape, families(plan, number - 1))
+    extend_model(model, plan.geometry(number), seed)
+    return run.store.put(model_to_bytes(model))
+
+
+def earlier_pools(run: Run, number: int) -> tuple[Pool, ...]:
+    pools = []
+    for of in range(number):
+        artefact = run.state.stage(of).pool
+        assert artefact is not None
+        modality, geometry = run.plan.stages[of].modality, run.plan.geometry(of)
+        pools.append(Pool(stage=of, modality=modality, geometry=geometry, artefact=artefact))
+    return tuple(pools)
+
+
+def clear(run: Run, site: str) -> None:
+    """Have a site drop the artefacts of a hop that is done; if it is away they stay until the next time."""
+    with suppress(SiteError):
+        purge(run.courier, site, keep=set())
+
+
+def publish(run: Run, number: int) -> None:
+    """Put the model and pool of a released stage where people look for them, and write the report."""
+    stage = run.state.stage(number)
+    assert stage.model and stage.pool
+    name = f"stage-{number:02d}-{run.plan.stages[number].modality}.safetensors"
+    for artefact, path in (
+        (stage.model, run.out / "models" / name),
+        (stage.model, run.out / "model.safetensors"),
+        (stage.pool, run.out / "pools" / name),
+    ):
+        link(run.store.path(artefact), path)
+    write_report(run.plan, run.state, run.store, run.out)
+
+
+def link(source: Path, path: Path) -> None:
+    """Make `path` another name of an artefact, replacing what was there at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    temporary.replace(path)

@@ -1,0 +1,182 @@
+"""Turns a site's files into arrays ready for the model, once: read, scaled, sized, cached; damaged ones quarantined.
+
+A 2-D picture is resized and centre-cropped to a square; a volume is resized to the input, or, with a voxel size, cut
+into half-overlapping sub-volumes of the input size. N = images, C = channels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from monai.transforms import CenterSpatialCrop, SpatialPad
+
+from invcoss_common.canonical import canonical_json, sha256_hex, write_atomic
+from invcoss_common.errors import DataError, UnreadableFile
+from invcoss_common.modality import Geometry, Modality
+from invcoss_site.batches import FloatImages
+from invcoss_site.ingest import read_image
+from invcoss_site.ingest.values import Values, resample
+from invcoss_site.inventory import Inventory, Item, Rejected
+
+RECIPE = 1  # raise it when the same files give other arrays: old caches are then not used
+MARGIN = 1.5  # side of a stored training picture over the input's, so that random crops need little enlarging
+FOREGROUND = 0.02  # least spread (standard deviation) of a sub-volume that is more than background
+AHEAD = 32  # files read ahead of the one being stored
+
+OnFile = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SiteImages:
+    """Training images (N, C, *stored) and held-out images (N, C, *input size), float16 in [0, 1], memory-mapped."""
+
+    train: FloatImages
+    heldout: FloatImages
+    train_cases: int
+    quarantined: tuple[Rejected, ...]
+
+
+def prepare(
+    inventory: Inventory,
+    modality: Modality,
+    geometry: Geometry,
+    spacing_mm: tuple[float, float, float] | None,
+    cache: Path,
+    on_file: OnFile | None = None,
+) -> SiteImages:
+    """The arrays of `inventory`, from `cache` if nothing has changed; `on_file(done, of)` follows the reading.
+
+    Raises DataError unless there are at least two training images and one held-out image of different cases.
+    """
+    folder = cache / _key(inventory, modality, geometry, spacing_mm)
+    if not (folder / "done.json").is_file():
+        _fill(folder, inventory, modality, geometry, spacing_mm, on_file or (lambda _done, _of: None))
+    facts = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    quarantined = (*inventory.rejected, *(Rejected(Path(path), why) for path, why in facts["quarantined"]))
+    if facts["train"] < 2 or facts["heldout"] < 1:
+        first = f"; first of {len(quarantined)} rejected: {quarantined[0].reason}" if quarantined else ""
+        raise DataError(
+            f"{facts['train']} training and {facts['heldout']} held-out images are usable, but at least 2 and 1, of "
+            f"different cases, are needed; add cases, or say in an index which are held out{first}"
+        )
+    return SiteImages(
+        _mapped(folder / "train.f16", facts["train"], (geometry.channels, *stored_size(geometry))),
+        _mapped(folder / "heldout.f16", facts["heldout"], (geometry.channels, *geometry.size)),
+        facts["train_cases"],
+        quarantined,
+    )
+
+
+def stored_size(geometry: Geometry) -> tuple[int, ...]:
+    """Size of a stored training image: larger than the input in 2-D, where batches crop."""
+    if geometry.ndim == 2:
+        return tuple(round(n * MARGIN) for n in geometry.size)
+    return geometry.size
+
+
+def _key(
+    inventory: Inventory, modality: Modality, geometry: Geometry, spacing_mm: tuple[float, float, float] | None
+) -> str:
+    """Name of the cache for exactly these files and settings."""
+    files = []
+    for item in inventory.items:
+        status = item.path.stat()
+        files.append([str(item.path), item.case, item.held_out, status.st_size, status.st_mtime_ns])
+    settings = [RECIPE, modality.model_dump(mode="json"), geometry.model_dump(mode="json"), spacing_mm]
+    return sha256_hex(canonical_json([settings, files]))[:32]
+
+
+def _fill(
+    folder: Path,
+    inventory: Inventory,
+    modality: Modality,
+    geometry: Geometry,
+    spacing_mm: tuple[float, float, float] | None,
+    on_file: OnFile,
+) -> None:
+    """Read every file and write both arrays and, last, `done.json`; a kill before that costs only time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"train": 0, "heldout": 0}
+    cases: set[str] = set()
+    quarantined: list[tuple[str, str]] = []
+
+    def read(item: Item) -> list[Values] | str:
+        size = geometry.size if item.held_out else stored_size(geometry)
+        try:
+            return sized(read_image(item.path, modality, spacing_mm), size, cut=spacing_mm is not None)
+        except UnreadableFile as error:
+            return str(error)
+
+    with (folder / "train.f16").open("wb") as train, (folder / "heldout.f16").open("wb") as heldout:
+        for done, (item, images) in enumerate(_ahead(read, inventory.items), start=1):
+            if isinstance(images, str):
+                quarantined.append((str(item.path), images))
+            else:
+                side, file = ("heldout", heldout) if item.held_out else ("train", train)
+                for image in images:
+                    file.write(image.astype(np.float16).tobytes())
+                counts[side] += len(images)
+                if not item.held_out:
+                    cases.add(item.case)
+            on_file(done, len(inventory.items))
+        for file in (train, heldout):
+            file.flush()
+            os.fsync(file.fileno())
+    facts = {**counts, "train_cases": len(cases), "quarantined": quarantined}
+    write_atomic(folder / "done.json", json.dumps(facts).encode())
+
+
+def _ahead(
+    read: Callable[[Item], list[Values] | str], items: Sequence[Item]
+) -> Iterator[tuple[Item, list[Values] | str]]:
+    """Each item with what `read` makes of it, in order, read by threads a little ahead."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        waiting = [(item, threads.submit(read, item)) for item in items[:AHEAD]]
+        for following in range(AHEAD, len(items) + AHEAD):
+            if not waiting:
+                return
+            item, result = waiting.pop(0)
+            yield item, result.result()
+            if following < len(items):
+                waiting.append((items[following], threads.submit(read, items[following])))
+
+
+def sized(image: Values, size: tuple[int, ...], cut: bool) -> list[Values]:
+    """`image` (C, *spatial) as one array (C, *size), or with `cut` (3-D) as all its sub-volumes that aren't empty."""
+    if len(size) == 2:
+        return [_square(image, size)]
+    return _subvolumes(image, size) if cut else [resample(image, size)]
+
+
+def _square(image: Values, size: tuple[int, ...]) -> Values:
+    """Shorter side to `size`, then the centre; resizes the centre only, so that extreme shapes cost nothing."""
+    side = min(image.shape[1:])
+    centre = np.asarray(CenterSpatialCrop((side, side))(image), dtype=np.float32)
+    return resample(np.ascontiguousarray(centre), size)
+
+
+def _subvolumes(volume: Values, size: tuple[int, ...]) -> list[Values]:
+    padded = np.asarray(SpatialPad(size)(volume), dtype=np.float32)  # zeros, the darkest value, around small volumes
+    starts = [_starts(extent, wanted) for extent, wanted in zip(padded.shape[1:], size, strict=True)]
+    cuts = [padded[:, d : d + size[0], h : h + size[1], w : w + size[2]] for d, h, w in product(*starts)]
+    kept = [np.ascontiguousarray(part) for part in cuts if float(part.std()) >= FOREGROUND]
+    return kept or [np.ascontiguousarray(cuts[len(cuts) // 2])]
+
+
+def _starts(extent: int, wanted: int) -> list[int]:
+    """First indices of windows of length `wanted` that cover `extent` evenly, overlapping by about half."""
+    count = max(1, -(-2 * (extent - wanted) // wanted) + 1)
+    return sorted({round(start) for start in np.linspace(0, extent - wanted, count)})
+
+
+def _mapped(path: Path, count: int, shape: tuple[int, ...]) -> FloatImages:
+    array: npt.NDArray[np.float16] = np.memmap(path, dtype=np.float16, mode="c", shape=(count, *shape))
+    return array
