@@ -22,6 +22,7 @@ MAX_RECORD_BYTES = 1 << 20  # a hand-off or report is JSON of a few kB; more is 
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|eval-[a-z0-9-]{1,48})$")]
+CurvePoint = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
 HopState = Literal["unknown", "queued", "running", "done", "failed"]
 Verb = Literal["hello", "have", "put", "start", "status", "get", "purge"]
 
@@ -95,7 +96,7 @@ class Report(_Record):
     model: Artefact | None = None
     statistics: Artefact | None = None
     metrics: dict[str, float]
-    curve: tuple[float, ...] = Field(default=(), max_length=CURVE_POINTS)
+    curve: tuple[CurvePoint, ...] = Field(default=(), max_length=CURVE_POINTS)
 
     @field_validator("metrics")
     @classmethod

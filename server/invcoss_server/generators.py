@@ -18,6 +18,7 @@ from invcoss_common.modality import Geometry
 Size = tuple[int, ...]
 LARGEST_BOTTLENECK = 8
 SMALLEST_BOTTLENECK = 4
+GROUPS = 4
 
 
 def scales_for(size: Size) -> list[Size]:
@@ -44,11 +45,16 @@ def _upsample(x: Tensor, size: Size, smooth: bool) -> Tensor:
     return F.interpolate(x, size=size, mode=mode, align_corners=False if smooth else None)
 
 
+def _channels(wanted: int) -> int:
+    """At least 16, and what GroupNorm's four groups can share."""
+    return max(wanted // GROUPS * GROUPS, 16)
+
+
 def _double_convolution(inputs: int, outputs: int, ndim: int) -> nn.Sequential:
     conv = _convolution(ndim)
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
-        layers += [conv(channels, outputs, 3, padding=1), nn.GroupNorm(4, outputs), nn.LeakyReLU(0.2)]
+        layers += [conv(channels, outputs, 3, padding=1), nn.GroupNorm(GROUPS, outputs), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers)
 
 
@@ -75,7 +81,7 @@ class InvUNet(nn.Module):
         self.scales = scales_for(geometry.size)
         ndim = geometry.ndim
         conv = _convolution(ndim)
-        widths = [max(width // 2**i, 16) for i in range(len(self.scales))]
+        widths = [_channels(width // 2**i) for i in range(len(self.scales))]
         caches = [max(w // 3 // 4 * 4, 8) for w in widths]
 
         self.bottleneck = _double_convolution(latent_channels, widths[0], ndim)
@@ -105,10 +111,12 @@ class DcganDecoder(nn.Module):
         self.scales = scales_for(geometry.size)
         ndim = geometry.ndim
         conv = _convolution(ndim)
-        widths = [max(width * 2 // 2**i, 16) for i in range(len(self.scales))]
-        self.into = nn.Sequential(conv(latent_channels, widths[0], 3, padding=1), nn.GroupNorm(4, widths[0]), nn.ReLU())
+        widths = [_channels(width * 2 // 2**i) for i in range(len(self.scales))]
+        self.into = nn.Sequential(
+            conv(latent_channels, widths[0], 3, padding=1), nn.GroupNorm(GROUPS, widths[0]), nn.ReLU()
+        )
         self.steps = nn.ModuleList(
-            nn.Sequential(conv(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU())
+            nn.Sequential(conv(a, b, 3, padding=1), nn.GroupNorm(GROUPS, b), nn.ReLU())
             for a, b in pairwise(widths)
         )
         self.out = conv(widths[-1], geometry.channels, 3, padding=1)

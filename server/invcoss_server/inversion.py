@@ -260,6 +260,8 @@ class _Group:
             whole = optimiser.state_dict()
             for kind, values in parts.items():
                 if kind.startswith(f"optimiser{number}."):
-                    whole["state"][int(kind.split(".")[1])] = values
+                    # SparseAdam counts its steps in an int; a tensor instead would round its bias correction.
+                    state = {k: int(v) if v.dtype == torch.int64 else v for k, v in values.items()}
+                    whole["state"][int(kind.split(".")[1])] = state
             optimiser.load_state_dict(whole)
         return step

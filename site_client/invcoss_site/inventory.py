@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from invcoss_common.errors import DataError
@@ -63,6 +63,8 @@ def take_inventory(data: Path, modality: Modality, index: tuple[str, ...] = ()) 
         else:
             rejected.append(row)
     items, clashes = _without_split_cases(items)
+    if not index:
+        items = _some_held_out(items)
     items.sort(key=lambda item: item.path.relative_to(data).as_posix())
     if not items:
         kind = FORMATS[modality.ndim]
@@ -73,8 +75,19 @@ def take_inventory(data: Path, modality: Modality, index: tuple[str, ...] = ()) 
 
 def split_of(case: str) -> bool:
     """Whether `case` is held out when nobody says: by a hash of its name, so that new cases move no old one."""
-    share = int.from_bytes(hashlib.sha256(case.encode()).digest()[:8], "big") / 2**64
-    return share < HELD_OUT_SHARE
+    return _rank(case) < HELD_OUT_SHARE
+
+
+def _rank(case: str) -> float:
+    return int.from_bytes(hashlib.sha256(case.encode()).digest()[:8], "big") / 2**64
+
+
+def _some_held_out(items: list[Item]) -> list[Item]:
+    """Hold out the case of lowest rank where chance has held out none or all, as it may with few cases."""
+    if len({item.held_out for item in items}) != 1:
+        return items
+    lowest = min((item.case for item in items), key=_rank)
+    return [replace(item, held_out=item.case == lowest) for item in items]
 
 
 def _found(data: Path, endings: tuple[str, ...]) -> Iterator[Item]:

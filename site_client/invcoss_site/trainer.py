@@ -113,7 +113,7 @@ def train(
                 _, prediction = model(batch, geometry, mask)
                 loss = reconstruction_loss(prediction, batch, geometry, mask)
             (loss / config.accumulate).backward()
-            loss_sum += float(loss) / config.accumulate
+            loss_sum += float(loss.detach()) / config.accumulate
             progress.images += len(batch)
         if rehearse is not None:
             with autocast:
