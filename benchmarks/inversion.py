@@ -116,7 +116,7 @@ def compare(plan: Plan, asked: argparse.Namespace) -> None:
     """Invert with every generator and seed, and write what was found."""
     torch.set_num_threads(plan.threads or torch.get_num_threads())
     results: dict[str, Rows] = {dimension: {name: [] for name in NAMES} for dimension in MODALITIES}
-    sheets: dict[str, bytes] = {}
+    sheets: dict[tuple[str, str], bytes] = {}
     asked.work.mkdir(parents=True, exist_ok=True)
     with Progress(console=Console(stderr=True)) as bars, tempfile.TemporaryDirectory(dir=asked.work) as scratch:
         subjects = {dimension: subject(plan, modality, asked, bars) for dimension, modality in MODALITIES.items()}
@@ -126,7 +126,7 @@ def compare(plan: Plan, asked: argparse.Namespace) -> None:
                 for generator in turns:
                     folder = Path(scratch, f"{seed}-{dimension}-{generator}")
                     row, pool = in_child(known.job, generator, seed, folder, bars)
-                    sheets.setdefault(f"{dimension}_{generator}", contact_sheet(pool, count=12))
+                    sheets.setdefault((dimension, generator), contact_sheet(pool, count=12))
                     row |= quality(known, torch.from_numpy(pool).float() / 255, plan)
                     results[dimension][generator].append(row)
                 for control, images in controls(known, plan.inversion.pool_size, seed).items():
@@ -215,6 +215,7 @@ def subject(plan: Plan, modality: str, asked: argparse.Namespace, bars: Progress
         "train_steps": config.steps or 0,
         "train_loss": float(statistics.task_loss),
         "heldout_images": len(heldout),
+        "heldout_cases": len({item.case for item in inventory.items if item.held_out}),
         "heldout_loss": mim(model, heldout, job, plan),
         "independent_heldout_loss": mim(independent, heldout, job, plan),
     }
@@ -355,16 +356,19 @@ def report(results: dict[str, Rows], subjects: dict[str, Subject], inversion: In
     ]
     for dimension, rows in results.items():
         facts = subjects[dimension].facts
-        counts = f"{facts['train_images']} training and {facts['heldout_images']} held-out images"
-        losses = f"masked loss {facts['train_loss']:.3f} on the former, {facts['heldout_loss']:.3f} on the latter"
-        lines += ["", f"## {dimension.upper()}: {MODALITIES[dimension]}", "", f"- {counts}; {losses}.", *findings(rows)]
+        sides = [
+            f"{facts[f'{side}_images']} {name} images of {facts[f'{side}_cases']} cases, loss {facts[f'{side}_loss']:.3f}"
+            for side, name in (("train", "training"), ("heldout", "held-out"))
+        ]
+        title = f"{dimension[0]}-D ({MODALITIES[dimension]})"
+        lines += ["", f"## {title}", "", f"- The inverted model: {'; '.join(sides)}.", *findings(rows)]
         for title, metrics in TABLES.items():
             lines += ["", f"### {title}", "", f"| | {' | '.join(map(heading, metrics))} |"]
             lines.append("|---" * (len(metrics) + 1) + "|")
             for name in (name for name in rows if metrics[0] in rows[name][0]):
                 cells = [plus_minus([row[metric] for row in rows[name]]) for metric in metrics]
                 lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
-    pictures = f"First seed; of a volume its middle slice:\n\n![Synthetic images]({stem('inversion')}.png)"
+    pictures = f"First seed; of a volume the middle slice:\n\n![Synthetic images]({stem('inversion')}.png)"
     return "\n".join([*lines, "", READING, "", pictures])
 
 
@@ -397,10 +401,13 @@ def findings(rows: Rows) -> list[str]:
 
     seconds = {name: mean(values(name, "seconds_per_image")) for name in GENERATORS}
     cheapest = min(seconds, key=lambda name: seconds[name])
+    slower = [
+        f"{NAMES[name]} {s / seconds[cheapest]:.2f} times that" for name, s in seconds.items() if name != cheapest
+    ]
     unseen = mean(values("invunet", "log_spectrum_error")) / mean(values("real", "log_spectrum_error"))
     lines = [
-        f"- Cheapest in time: {NAMES[cheapest]}; InvUNet takes {seconds['invunet'] / seconds[cheapest]:.2f} times that.",
-        *against([name for name in GENERATORS if name != "invunet"], (*COST[:2], *QUALITY), "the best rival"),
+        f"- Cheapest in time: {NAMES[cheapest]}; {' and '.join(slower)}.",
+        *against(["dcgan", "pixels"], (*COST[:2], *QUALITY), "the better rival"),
         *against(["gaussian"], QUALITY, "the per-pixel Gaussian, which needs no inversion,"),
         f"- InvUNet's log-spectrum error is {unseen:.1f} times that of real training images.",
     ]
@@ -413,13 +420,13 @@ def findings(rows: Rows) -> list[str]:
     return lines
 
 
-def picture(sheets: dict[str, bytes]) -> bytes:
+def picture(sheets: dict[tuple[str, str], bytes]) -> bytes:
     """Contact sheets of synthetic images, one above the other, as PNG."""
     figure = Figure(figsize=(9, 1.05 * len(sheets)), layout="constrained")
-    for axes, (name, sheet) in zip(figure.subplots(len(sheets), 1), sorted(sheets.items()), strict=True):
-        axes.imshow(np.asarray(Image.open(io.BytesIO(sheet))), interpolation="nearest")
-        dimension, generator = name.split("_")
-        axes.set_title(f"{dimension.upper()}, {NAMES[generator]}", fontsize=8, loc="left")
+    rows = [(dimension, generator) for dimension in MODALITIES for generator in GENERATORS]
+    for axes, (dimension, generator) in zip(figure.subplots(len(sheets), 1), rows, strict=True):
+        axes.imshow(np.asarray(Image.open(io.BytesIO(sheets[dimension, generator]))), interpolation="nearest")
+        axes.set_title(f"{dimension[0]}-D, {NAMES[generator]}", fontsize=8, loc="left")
         axes.axis("off")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)

@@ -116,8 +116,7 @@ class DcganDecoder(nn.Module):
             conv(latent_channels, widths[0], 3, padding=1), nn.GroupNorm(GROUPS, widths[0]), nn.ReLU()
         )
         self.steps = nn.ModuleList(
-            nn.Sequential(conv(a, b, 3, padding=1), nn.GroupNorm(GROUPS, b), nn.ReLU())
-            for a, b in pairwise(widths)
+            nn.Sequential(conv(a, b, 3, padding=1), nn.GroupNorm(GROUPS, b), nn.ReLU()) for a, b in pairwise(widths)
         )
         self.out = conv(widths[-1], geometry.channels, 3, padding=1)
 

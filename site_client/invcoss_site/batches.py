@@ -35,7 +35,6 @@ class TrainingBatches(Dataset[Tensor]):
     ) -> None:
         self.images, self.geometry, self.batch_size = images, geometry, batch_size
         self.crop_scale, self.flip, self.seed = crop_scale, flip, seed
-        self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def __getitem__(self, number: int) -> Tensor:
         generator = generator_for(self.seed, "batch", number)
@@ -44,10 +43,7 @@ class TrainingBatches(Dataset[Tensor]):
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
-        return int(self._order(epoch)[place])
-
-    def _draw_order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
+        return int(_order(len(self.images), self.seed, epoch)[place])
 
     def _augmented(self, index: int, generator: torch.Generator) -> Tensor:
         stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
@@ -60,11 +56,17 @@ class TrainingBatches(Dataset[Tensor]):
         return image.flip(-1) if flip else image
 
 
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator_for(seed, "order", epoch))
+
+
 def random_crop(height: int, width: int, scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random part covering `scale`..1 of the area, aspect 3/4..4/3."""
     area_share, log_aspect, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    area = (scale + (1 - scale) * area_share) * height * width
+    area = max((scale + (1 - scale) * area_share) * height * width, 1.0)
     aspect = math.exp((2 * log_aspect - 1) * math.log(4 / 3)) * width / height
+    aspect = min(max(aspect, area / height**2), width**2 / area)  # large parts fit in at milder aspects only
     crop_width = min(max(round(math.sqrt(area * aspect)), 1), width)
     crop_height = min(max(round(math.sqrt(area / aspect)), 1), height)
     return round(y * (height - crop_height)), round(x * (width - crop_width)), crop_height, crop_width

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import (
     TARGET_VARIANCE_FLOOR,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from invcoss_common.errors import WeightsError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model, reconstruction_loss

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from invcoss_common.modality import Geometry
 from invcoss_common.tokens import patchify, random_mask, sincos_positions, unpatchify
 

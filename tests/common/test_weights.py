@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+
 from invcoss_common.errors import WeightsError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model
@@ -124,7 +125,9 @@ BROKEN = {
     "a type without torch": lambda data: with_header(
         {"a": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)
     ),
-    "a half-byte type": lambda data: with_header({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, bytes(4)),
+    "a half-byte type": lambda data: with_header(
+        {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, bytes(4)
+    ),
     "overlapping tensors": lambda data: with_header(
         {n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in ("a\nb", "c")}, bytes(4)
     ),

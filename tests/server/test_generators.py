@@ -1,7 +1,10 @@
 """The generators of inversion: scales, shapes, range, and gradients that reach the latents and every parameter."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+
 from invcoss_common.modality import SIZES, Geometry
 from invcoss_server.generators import GENERATORS, MemoryMap, latent_shape, scales_for
 
@@ -43,7 +46,7 @@ def test_scales(size, scales):
 def test_every_size_on_the_dial_has_a_small_bottleneck(size):
     scales = scales_for(size)
     assert scales[-1] == size and max(scales[0]) <= 8
-    for small, large in zip(scales, scales[1:], strict=False):
+    for small, large in pairwise(scales):
         assert all(b in (a, 2 * a) for a, b in zip(small, large, strict=True))
 
 
@@ -57,7 +60,7 @@ def test_images_have_the_geometry_and_lie_between_zero_and_one(kind, geometry):
     assert not torch.equal(images[0], images[1]), "another latent is another image"
     assert torch.allclose(generator(latents[:1])[0], images[0], atol=1e-5), "and of its own alone"
     extreme = generator(1000 * latents)
-    assert 0 <= extreme.min() and extreme.max() <= 1
+    assert extreme.min() >= 0 and extreme.max() <= 1
 
 
 @each_kind

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from invcoss_common.config import InversionConfig
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from invcoss_common.config import ReplayConfig
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model, reconstruction_loss

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from invcoss_common.config import ReplayConfig, TrainConfig
 from invcoss_common.errors import TrainingError, WeightsError
 from invcoss_common.modality import Geometry, ModelShape
