@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from measurement import MEASUREMENTS, Meter, mean, plus_minus, spread, stem, write_measurement
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -43,6 +42,7 @@ from invcoss_site.evaluate import heldout_loss
 from invcoss_site.inventory import take_inventory
 from invcoss_site.prepare import prepare
 from invcoss_site.trainer import train
+from measurement import MEASUREMENTS, Meter, mean, plus_minus, spread, stem, write_measurement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODALITIES = {"2d": "xray", "3d": "ct"}
@@ -357,8 +357,8 @@ def report(results: dict[str, Rows], subjects: dict[str, Subject], inversion: In
     for dimension, rows in results.items():
         facts = subjects[dimension].facts
         sides = [
-            f"{facts[f'{side}_images']} {name} images of {facts[f'{side}_cases']} cases, loss {facts[f'{side}_loss']:.3f}"
-            for side, name in (("train", "training"), ("heldout", "held-out"))
+            f"{facts[f'{s}_images']} {name} images of {facts[f'{s}_cases']} cases, masked loss {facts[f'{s}_loss']:.3f}"
+            for s, name in (("train", "training"), ("heldout", "held-out"))
         ]
         title = f"{dimension[0]}-D ({MODALITIES[dimension]})"
         lines += ["", f"## {title}", "", f"- The inverted model: {'; '.join(sides)}.", *findings(rows)]
@@ -401,9 +401,8 @@ def findings(rows: Rows) -> list[str]:
 
     seconds = {name: mean(values(name, "seconds_per_image")) for name in GENERATORS}
     cheapest = min(seconds, key=lambda name: seconds[name])
-    slower = [
-        f"{NAMES[name]} {s / seconds[cheapest]:.2f} times that" for name, s in seconds.items() if name != cheapest
-    ]
+    others = [name for name in seconds if name != cheapest]
+    slower = [f"{NAMES[name]} {seconds[name] / seconds[cheapest]:.2f} times that" for name in others]
     unseen = mean(values("invunet", "log_spectrum_error")) / mean(values("real", "log_spectrum_error"))
     lines = [
         f"- Cheapest in time: {NAMES[cheapest]}; {' and '.join(slower)}.",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from tests.federation.loopback import LoopbackCourier
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import EvaluateConfig, RelayConfig, ReplayConfig, TrainConfig
@@ -23,7 +24,6 @@ from invcoss_server.courier import deliver, fetch, purge, wait
 from invcoss_site.desk import answer, hop_status
 from invcoss_site.home import SiteHome, load_home, write_home
 from invcoss_site.work import take_lock
-from tests.federation.loopback import LoopbackCourier
 
 HOP = "s00-train"
 PART = 1000

@@ -85,7 +85,7 @@ def test_a_coordinator_killed_at_any_message_goes_on_and_ends_the_same(finished,
     plan, out = finished
 
     class Dies(LoopbackCourier):
-        left = {verb: 1 for verb in ("put", "start", "status", "get", "purge")}
+        left = dict.fromkeys(("put", "start", "status", "get", "purge"), 1)
 
         def call(self, site, request):
             dying = request.verb == at and self.left[at] > 0
