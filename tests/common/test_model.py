@@ -9,6 +9,7 @@ import torch
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import (
     TARGET_VARIANCE_FLOOR,
+    Attention,
     as_input,
     build_model,
     extend_model,
@@ -183,6 +184,18 @@ def test_blocks_have_the_parameter_names_of_timm():
     expected = {f"blocks.0.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
     assert {name for name in names if name.startswith("blocks.")} == expected
     assert {"cls_token", "norm.weight", "norm.bias"} <= names
+
+
+def test_attention_is_torchs_own_with_queries_keys_and_values_in_this_order():
+    torch.manual_seed(0)
+    ours, theirs = Attention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    with torch.no_grad():
+        ours.qkv.weight.normal_()  # large, so that attention is far from uniform
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias)
+        theirs.out_proj.load_state_dict(ours.proj.state_dict())
+        x = torch.randn(2, 9, 32)
+        torch.testing.assert_close(ours(x), theirs(x, x, x)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_norms_are_listed_in_the_order_they_are_passed():

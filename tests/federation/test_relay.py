@@ -202,7 +202,7 @@ def test_a_metric_that_was_not_asked_for_is_refused(tmp_path):
 
 def test_the_coordinator_stores_nothing_of_the_sites_images(finished):
     """Canary: no 64-byte stretch of any training image's pixels is in any file of the coordinator."""
-    plan, out = finished
+    _, out = finished
     from PIL import Image
 
     stretches = []

@@ -39,7 +39,7 @@ def changed(path, old, new):
 )
 def test_a_plan_that_cannot_be_run_is_one_line_and_exit_code_3(tmp_path, old, new, says):
     plan = changed(tmp_path / "plan.toml", old, new)
-    status, out, err = run("invcoss_server", "simulate", plan, "--out", tmp_path / "out")
+    status, _, err = run("invcoss_server", "simulate", plan, "--out", tmp_path / "out")
     assert status == 3, err
     assert err.startswith("error: ")
     assert says in err

@@ -39,7 +39,7 @@ def old_modality():
     return rehearsal(fresh_model(5), [pool], ReplayConfig(), batch_size=4, mask_ratio=0.75, seed=7)
 
 
-def trained(geometry=XRAY, checkpoint=None, on_progress=None, rehearse=None, images=None, seed=7, **changes):
+def trained(geometry=XRAY, checkpoint=None, on_progress=None, rehearse=None, images=None, seed=7, flip=True, **changes):
     """A fresh model after training, and its progress."""
     model = fresh_model()
     progress = train(
@@ -48,6 +48,7 @@ def trained(geometry=XRAY, checkpoint=None, on_progress=None, rehearse=None, ima
         geometry,
         CONFIG.model_copy(update=changes),
         seed=seed,
+        flip=flip,
         rehearse=rehearse,
         checkpoint=checkpoint,
         on_progress=on_progress,
@@ -189,6 +190,12 @@ def test_without_rehearsal_nothing_of_another_family_moves():
     together, _ = trained(rehearse=old_modality())
     assert changed_weights(together) == set(together.state_dict())
     assert not same_weights(alone, together)
+
+
+def test_every_part_of_an_accumulated_step_is_masked_anew():
+    same = np.repeat(IMAGES[CT][:1], 10, axis=0)  # with one mask for both parts the second part would teach nothing
+    once, twice = (trained(CT, images=same, flip=False, accumulate=parts, steps=1)[0] for parts in (1, 2))
+    assert not same_weights(once, twice)
 
 
 def test_rehearsal_without_weight_is_no_rehearsal():
