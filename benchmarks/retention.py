@@ -1,18 +1,23 @@
 """Retention: how much each way of replaying earlier modalities keeps, on one plan, one trainer and one list of seeds.
 
-    python benchmarks/retention.py --plan plans/real-small.toml --data DIR --methods finetune,mnoise,real5,invcoss --seeds 3
+    python benchmarks/retention.py --plan plans/real-small.toml --data DIR \\
+        --methods finetune,mnoise,real5,invcoss --seeds 3
 
-Every trained stage is kept under --work, so that an interrupted benchmark goes on where it stood.
+Every trained stage is kept under --work, so that an interrupted benchmark goes on where it stood, and methods or seeds
+may be added later. --jobs runs are trained side by side, one process each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib as mpl
@@ -80,9 +85,13 @@ def mean_noise(stage: Stage, model: MultiModalMAE, folder: Path) -> Pixels:
 def real_images(stage: Stage, model: MultiModalMAE, folder: Path) -> Pixels:
     """5 % of the real training images, drawn at random: what InvCoSS must do without."""
     images = torch.cat(list(whole_images(stage.images.train, stage.geometry, 256)))
-    count = max(2, round(REAL_SHARE * len(images)))
-    rows = torch.randperm(len(images), generator=generator_for(stage.plan.seed, "real5", stage.number))[:count]
+    random = generator_for(stage.plan.seed, "real5", stage.number)
+    rows = torch.randperm(len(images), generator=random)[: real_count(len(images))]
     return (images[rows] * 255).round().to(torch.uint8).numpy()
+
+
+def real_count(images: int) -> int:
+    return max(2, round(REAL_SHARE * images))
 
 
 def inverted(stage: Stage, model: MultiModalMAE, folder: Path) -> Pixels:
@@ -128,31 +137,23 @@ METHODS = {
 Matrix = dict[str, dict[str, float]]  # after stage -> modality -> held-out loss
 
 
-def run(plan: Plan, images: list[SiteImages], name: str, work: Path, tell: Callable[[str], None]) -> Matrix:
-    """Train all stages of `plan` with one method; the held-out losses of every stage so far after each stage."""
-    method = METHODS[name]
-    stages = [Stage(plan, number, site) for number, site in enumerate(images)]
+def run(base: Plan, data: Path | None, work: Path, name: str, count: int) -> tuple[Matrix, float]:
+    """Train the first `count` stages with one method: the held-out losses after each stage, and the seconds it took."""
+    method, folder = METHODS[name], work / f"seed{base.seed}"
+    stages = [Stage(base, number, images) for number, images in enumerate(site_images(base, data, work))]
     model: MultiModalMAE | None = None
     pools: list[ReplayPool] = []
     matrix: Matrix = {}
-    for stage in stages:
+    started = time.monotonic()
+    for stage in stages[:count]:
         # Nothing is replayed in the first stage, so all methods share it.
-        folder = work / ("first" if stage.number == 0 else name) / f"stage{stage.number}"
-        started = time.monotonic()
-        model = trained(stage, model, pools, method, folder)
-        matrix[stage.name] = losses(stages[: stage.number + 1], model, folder)
-        tell(
-            f"{name} stage {stage.number} {stage.name}: {time.monotonic() - started:.0f} s  {shown(matrix[stage.name])}"
-        )
-        if stage.number + 1 < len(stages):
-            kept = buffer_of(stage, model, method, work / buffer_name(method, stage, name))
+        here = folder / ("first" if stage.number == 0 else name) / f"stage{stage.number}"
+        model = trained(stage, model, pools, method, here)
+        matrix[stage.name] = losses(stages[: stage.number + 1], model, here)
+        if stage.number + 1 < count:
+            kept = buffer_of(stage, model, method, folder / name / f"buffer{stage.number}")
             pools += [ReplayPool(kept, stage.geometry)] if kept is not None else []
-    return matrix
-
-
-def buffer_name(method: Method, stage: Stage, name: str) -> str:
-    # After the first stage the model is the same for all, so methods that differ in the loss only share the buffer.
-    return f"first/{method.buffer.__name__}" if stage.number == 0 else f"{name}/buffer{stage.number}"
+    return matrix, time.monotonic() - started
 
 
 def trained(
@@ -269,7 +270,7 @@ def gap_closed(results: Results, method: str, modality: str) -> list[float]:
     return [(plain - ours) / (plain - real) for plain, ours, real in zip(*columns, strict=True)]
 
 
-def report(results: Results, figures: dict[str, float], plan: Plan, images: list[SiteImages], seconds: float) -> str:
+def report(results: Results, figures: dict[str, float], plan: Plan, images: list[SiteImages]) -> str:
     """The page beside the figures."""
     names = list(next(iter(results.values()))[0])
     earlier, last = names[:-1], names[-1]
@@ -281,9 +282,9 @@ def report(results: Results, figures: dict[str, float], plan: Plan, images: list
     lines = [
         f"# Retention on plan `{plan.name}` ({seeds} seeds)",
         "",
-        f"Order {' -> '.join(names)}; masked-reconstruction loss on held-out real images after the last stage (lower is "
-        "better, 1 is what predicting each patch's mean scores), mean ± population SD over seeds. One trainer, schedule, "
-        "budget and seed list for all methods; the first stage is shared.",
+        f"Order {' -> '.join(names)}; masked-reconstruction loss on held-out real images after the last stage "
+        "(lower is better, 1 is what predicting each patch's mean scores), mean ± population SD over seeds. One "
+        "trainer, schedule, budget and seed list for all methods; the first stage is shared.",
         "",
         "| method | " + " | ".join(f"{m}" for m in earlier) + f" | mean | {last} (new) | what is replayed |",
         "| --- |" + " --- |" * (len(earlier) + 3),
@@ -294,18 +295,10 @@ def report(results: Results, figures: dict[str, float], plan: Plan, images: list
         lines.append(
             f"| {method} | {' | '.join(row)} | {cell(last_losses(results, method, last))} | {METHODS[method].meaning} |"
         )
-    learned = (
-        [statistics.mean(m[name][name] for m in results["finetune"]) for name in earlier]
-        if "finetune" in results
-        else []
-    )
-    if learned:
-        lines += [
-            "",
-            "Right after their own stage, fine-tuning: "
-            + ", ".join(f"{n} {v:.3f}" for n, v in zip(earlier, learned, strict=True))
-            + ".",
-        ]
+    if "finetune" in results:
+        learned = [statistics.mean(matrix[name][name] for matrix in results["finetune"]) for name in earlier]
+        shown_learned = ", ".join(f"{name} {value:.3f}" for name, value in zip(earlier, learned, strict=True))
+        lines += ["", f"Right after their own stage, under fine-tuning: {shown_learned}."]
     if "gap_closed_vs_real5" in figures:
         lines += ["", "| share of the gap between finetune and real5 that is closed | " + " | ".join(earlier) + " |"]
         lines += ["| --- |" + " --- |" * len(earlier)]
@@ -316,20 +309,19 @@ def report(results: Results, figures: dict[str, float], plan: Plan, images: list
         verdict = "reached" if figures["gap_closed_vs_real5"] >= 0.85 else "MISSED"
         lines += [
             "",
-            f"InvCoSS closes {figures['gap_closed_vs_real5']:.1%} of the gap (mean over modalities and seeds); the target of "
-            f"85 % is {verdict}. In the worst modality and seed it is {figures['invcoss_minus_finetune_worst']:+.3f} against "
-            "fine-tuning (negative is better).",
+            f"InvCoSS closes {figures['gap_closed_vs_real5']:.1%} of the gap (mean over modalities and seeds); the "
+            f"target of 85 % is {verdict}. In the worst modality and seed it is "
+            f"{figures['invcoss_minus_finetune_worst']:+.3f} against fine-tuning (negative is better).",
         ]
     if f"invcoss_minus_mnoise_{earlier[0]}" in figures:
         against = ", ".join(f"{m} {figures[f'invcoss_minus_mnoise_{m}']:+.3f}" for m in earlier)
         lines += ["", f"InvCoSS minus the control `mnoise` (negative: inversion is better): {against}."]
     counts = ", ".join(f"{n} {len(i.train)}/{len(i.heldout)}" for n, i in zip(names, images, strict=True))
+    kept = [f"{real_count(len(i.train))} {n}" for n, i in zip(earlier, images, strict=False)]
     lines += [
         "",
-        f"Images, train/held out: {counts}. `real5` keeps "
-        + ", ".join(f"{max(2, round(REAL_SHARE * len(i.train)))} {n}" for n, i in zip(names[:-1], images, strict=False))
-        + f" images; the synthetic pools have {plan.inversion.pool_size} each. {seconds / 60:.0f} minutes in all for what was "
-        "not already there.",
+        f"Images, train/held out: {counts}. `real5` keeps {', '.join(kept)} images; the pools of `mnoise` and "
+        f"`invcoss` have {plan.inversion.pool_size} each.",
         "",
     ]
     return "\n".join(lines)
@@ -359,12 +351,46 @@ def draw(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def site_images(plan: Plan, data: Path | None, work: Path) -> list[SiteImages]:
+    """The prepared images of every stage, as its site would have them."""
+    images = []
+    for number, stage in enumerate(plan.stages):
+        home = simulated_home(plan, stage.site, data, work)
+        inventory = take_inventory(home.data, plan.modality(number), home.index)
+        images.append(prepare(inventory, plan.modality(number), plan.geometry(number), stage.spacing_mm, home.cache))
+    return images
+
+
+def run_all(
+    base: Plan, data: Path | None, work: Path, methods: list[str], seeds: range, jobs: int, console: Console
+) -> Results:
+    """Every method with every seed; the shared first stages first, then the costliest methods."""
+    costly_first = sorted(methods, key=lambda name: METHODS[name].buffer is not inverted)
+    threads = max(1, (base.threads or os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        done: dict[tuple[str, int], Matrix] = {}
+        for names, stages in ((methods[:1], 1), (costly_first, len(base.stages))):
+            waiting = {
+                pool.submit(run, base.model_copy(update={"seed": seed}), data, work, name, stages): (name, seed)
+                for name in names
+                for seed in seeds
+            }
+            for future in as_completed(waiting):
+                (name, seed), (matrix, seconds) = waiting[future], future.result()
+                done[name, seed] = matrix
+                console.print(
+                    f"{name}, seed {seed}, {stages} stage(s), {seconds:.0f} s: {shown(list(matrix.values())[-1])}"
+                )
+    return {method: [done[method, seed] for seed in seeds] for method in methods}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="the folder that the plan's site folders are in")
     parser.add_argument("--methods", default="finetune,mnoise,real5,invcoss", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, starting at the plan's own")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, each with its share of the cores")
     parser.add_argument("--work", type=Path, default=Path("runs/retention"))
     parser.add_argument("--out", type=Path, default=Path("docs/measurements"))
     asked = parser.parse_args()
@@ -373,36 +399,27 @@ def main() -> None:
         parser.error(f"unknown method {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
 
     base = load_plan(asked.plan)
-    if base.threads:
-        torch.set_num_threads(base.threads)
+    names = [stage.modality for stage in base.stages]
+    if len(set(names)) < len(names):
+        parser.error(
+            f"the plan has a modality twice ({', '.join(names)}); this benchmark tells stages apart by modality"
+        )
     work = asked.work / base.digest()[:12]
-    images = []
-    for number, stage in enumerate(base.stages):
-        home = simulated_home(base, stage.site, asked.data, work)
-        inventory = take_inventory(home.data, base.modality(number), home.index)
-        images.append(prepare(inventory, base.modality(number), base.geometry(number), stage.spacing_mm, home.cache))
-
-    console = Console()
-    started = time.monotonic()
-    results: Results = {method: [] for method in methods}
-    for seed in range(base.seed, base.seed + asked.seeds):
-        plan = base.model_copy(update={"seed": seed})
-        for method in methods:
-            tell = lambda text, seed=seed: console.print(
-                f"[{time.monotonic() - started:6.0f} s] seed {seed} {text}", markup=False, highlight=False
-            )  # noqa: E731
-            results[method].append(run(plan, images, method, work / f"seed{seed}", tell))
-    figures = figures_of(results, [stage.modality for stage in base.stages[:-1]])
-    page = report(results, figures, base, images, time.monotonic() - started)
+    images = site_images(base, asked.data, work)
+    seeds = range(base.seed, base.seed + asked.seeds)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    results = run_all(base, asked.data, work, methods, seeds, asked.jobs, console)
+    figures = figures_of(results, names[:-1])
+    page = report(results, figures, base, images)
     config = {
         "plan": base.model_dump(mode="json"),
         "methods": methods,
-        "seeds": list(range(base.seed, base.seed + asked.seeds)),
+        "seeds": list(seeds),
     }
     written = write_measurement("retention", figures, config, results, page, asked.out)
     draw(results, written.with_suffix(".png"))
-    console.print(page, markup=False, highlight=False)
-    console.print(f"{written} and .md, .png beside it", markup=False)
+    console.print(page)
+    console.print(f"{written} and .md, .png beside it")
 
 
 if __name__ == "__main__":

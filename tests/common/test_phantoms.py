@@ -6,10 +6,11 @@ import hashlib
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
+
 from invcoss_common.errors import PlanError
 from invcoss_common.modality import MODALITIES
 from invcoss_common.phantoms import write_phantoms
-from PIL import Image
 
 
 def digests(folder):

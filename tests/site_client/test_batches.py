@@ -43,8 +43,10 @@ def test_a_batch_follows_from_its_number_alone(geometry):
 
 @each_geometry
 def test_another_seed_gives_other_batches(geometry):
-    one, other = batches_of(noise(geometry), geometry), batches_of(noise(geometry), geometry, seed=2)
-    assert not torch.equal(one[0], other[0])
+    for count in (7, 1):  # another order; of a single image, other crops and flips
+        images = noise(geometry, count)
+        one, other = (batches_of(images, geometry, batch_size=16, seed=seed) for seed in (1, 2))
+        assert not torch.equal(one[0], other[0])
 
 
 @each_geometry

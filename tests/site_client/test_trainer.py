@@ -1,22 +1,28 @@
 """The training loop: resumed runs end where uninterrupted ones do, and bad numbers are skipped, counted and bounded."""
 
+import copy
 import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from invcoss_common.config import ReplayConfig, TrainConfig
 from invcoss_common.errors import TrainingError, WeightsError
 from invcoss_common.modality import Geometry, ModelShape
-from invcoss_common.model import build_model
+from invcoss_common.model import build_model, reconstruction_loss
+from invcoss_common.seeds import generator_for
+from invcoss_common.tokens import random_mask
+from invcoss_site.batches import TrainingBatches
 from invcoss_site.replay import ReplayPool, rehearsal
 from invcoss_site.trainer import Progress, learning_rate, make_optimiser, steps_for, train
 
 SHAPE = ModelShape(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 CT = Geometry(channels=1, size=(4, 8, 8), patch=(2, 4, 4))
+MRI = Geometry(channels=1, size=(4, 8, 8), patch=(4, 4, 4))
 # Ten images in batches of four: steps and epochs fall apart. A checkpoint after every step.
 CONFIG = TrainConfig(steps=8, batch_size=4, lr=1e-2, precision="fp32", checkpoint_every_s=1e-9)
 IMAGES = {
@@ -30,13 +36,14 @@ class Killed(Exception):
 
 
 def fresh_model(seed=0):
-    return build_model(SHAPE, [XRAY, CT], seed)
+    return build_model(SHAPE, [XRAY, CT, MRI], seed)
 
 
-def old_modality():
-    """Rehearsal of the other family, as in a second stage."""
-    pool = ReplayPool(np.random.default_rng(2).integers(0, 256, (5, 1, *CT.size), dtype=np.uint8), CT)
-    return rehearsal(fresh_model(5), [pool], ReplayConfig(), batch_size=4, mask_ratio=0.75, seed=7)
+def old_modalities():
+    """Rehearsal of the other two families, as in a third stage."""
+    random = np.random.default_rng(2)
+    pools = [ReplayPool(random.integers(0, 256, (5, 1, *g.size), dtype=np.uint8), g) for g in (CT, MRI)]
+    return rehearsal(fresh_model(5), pools, ReplayConfig(), batch_size=4, mask_ratio=0.75, seed=7)
 
 
 def trained(geometry=XRAY, checkpoint=None, on_progress=None, rehearse=None, images=None, seed=7, flip=True, **changes):
@@ -79,9 +86,9 @@ def changed_weights(model):
 KINDS = {
     "2d": dict,
     "3d": lambda: {"geometry": CT},
-    "replay": lambda: {"rehearse": old_modality()},
+    "replay": lambda: {"rehearse": old_modalities()},
     "accumulated": lambda: {"accumulate": 2},
-    "accumulated with replay": lambda: {"accumulate": 2, "rehearse": old_modality()},
+    "accumulated with replay": lambda: {"accumulate": 2, "rehearse": old_modalities()},
     "bf16": lambda: {"precision": "bf16"},
     "workers": lambda: {"workers": 1},
 }
@@ -102,7 +109,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, kind):
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(tmp_path):
-    how = {"accumulate": 2, "rehearse": old_modality()}
+    how = {"accumulate": 2, "rehearse": old_modalities()}
     whole, expected = trained(**how)
     checkpoint, kept = tmp_path / "checkpoint", tmp_path / "kept"
 
@@ -183,11 +190,11 @@ def test_progress_before_the_first_step_divides_by_nothing():
 
 
 def test_without_rehearsal_nothing_of_another_family_moves():
-    other = {"tokenisers.3d_2x4x4.weight", "tokenisers.3d_2x4x4.bias", "mask_tokens.3d_2x4x4"}
-    other |= {"heads.3d_2x4x4.weight", "heads.3d_2x4x4.bias"}
     alone, _ = trained()
-    assert changed_weights(alone) == set(alone.state_dict()) - other
-    together, _ = trained(rehearse=old_modality())
+    of_volumes = {name for name in alone.state_dict() if "3d_" in name}
+    assert len(of_volumes) == 2 * 5, "tokeniser, mask token and head of both families"
+    assert changed_weights(alone) == set(alone.state_dict()) - of_volumes
+    together, _ = trained(rehearse=old_modalities())
     assert changed_weights(together) == set(together.state_dict())
     assert not same_weights(alone, together)
 
@@ -196,6 +203,39 @@ def test_every_part_of_an_accumulated_step_is_masked_anew():
     same = np.repeat(IMAGES[CT][:1], 10, axis=0)  # with one mask for both parts the second part would teach nothing
     once, twice = (trained(CT, images=same, flip=False, accumulate=parts, steps=1)[0] for parts in (1, 2))
     assert not same_weights(once, twice)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_gradient_of_a_step_is_the_mean_over_its_parts(parts):
+    model, seen = fresh_model(), []
+
+    def look(model, step):
+        seen.append(model.blocks[0].attn.qkv.weight.grad.clone())
+        return 0.0 * model.cls_token.sum()
+
+    config = CONFIG.model_copy(update={"accumulate": parts, "steps": 1})
+    train(copy.deepcopy(model), IMAGES[XRAY], XRAY, config, seed=7, rehearse=look)
+    batches = TrainingBatches(IMAGES[XRAY], XRAY, batch_size=4, crop_scale=config.crop_scale, flip=True, seed=7)
+    losses = []
+    for part in range(parts):
+        mask = random_mask(4, XRAY.tokens, config.mask_ratio, generator_for(7, "mask", 0, part))
+        _, prediction = model(batches[part], XRAY, mask)
+        losses.append(reconstruction_loss(prediction, batches[part], XRAY, mask))
+    torch.stack(losses).mean().backward()
+    torch.testing.assert_close(seen, [model.blocks[0].attn.qkv.weight.grad])
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    def norm_of_the_first_gradient(clip_norm):
+        checkpoint = tmp_path / f"{clip_norm}"
+        trained(checkpoint=checkpoint, clip_norm=clip_norm, steps=1)
+        means = [tensor for name, tensor in load_file(checkpoint).items() if name.startswith("adam_mean/")]
+        return torch.cat([mean.flatten() for mean in means]).norm().item() / (1 - CONFIG.betas[0])
+
+    free = norm_of_the_first_gradient(1e6)
+    assert free > 0.1
+    assert norm_of_the_first_gradient(0.1) == pytest.approx(0.1, rel=1e-3)
+    assert norm_of_the_first_gradient(2 * free) == pytest.approx(free, rel=1e-6)
 
 
 def test_rehearsal_without_weight_is_no_rehearsal():
