@@ -24,6 +24,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|eval-[a-z0-9-]{1,48})$")]
 CurvePoint = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
 HopState = Literal["unknown", "queued", "running", "done", "failed"]
+Phase = Literal["reading", "training", "statistics", "evaluating"]
 Verb = Literal["hello", "have", "put", "start", "status", "get", "purge"]
 
 
@@ -112,12 +113,14 @@ class Report(_Record):
 
 
 class Status(_Record):
-    """Site to coordinator, while a hop is worked on: numbers only."""
+    """Site to coordinator, while a hop is worked on: where in which phase it stands."""
 
     state: HopState
+    phase: Phase = "reading"
     step: int = Field(default=0, ge=0)
     steps: int = Field(default=0, ge=0)
     images_per_s: float = Field(default=0.0, ge=0, le=1e9)
+    data_wait_share: float = Field(default=0.0, ge=0, le=1)
     loss: float = Field(default=0.0, ge=0, le=1e4)
     error: str = Field(default="", pattern=r"^[A-Za-z]{0,48}$", description="class of the error, if failed")
 

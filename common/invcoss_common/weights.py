@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -35,6 +36,40 @@ def tensors_from_bytes(data: bytes, schema: Schema) -> dict[str, Tensor]:
     return tensors
 
 
+def check_file(path: Path, schema: Schema) -> None:
+    """Raise WeightsError unless the file holds exactly the tensors of `schema`, finite, and no metadata.
+
+    One tensor is in memory at a time. Metadata are refused because they could carry anything.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata():
+                raise WeightsError(f"{path}: carries metadata beside its tensors; save it without")
+            check_tensors(_Tensors(file), schema)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a safetensors file: {error}") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror or error})") from None
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of an open file by name, each read when it is asked for."""
+
+    def __init__(self, file: safe_open) -> None:
+        self.file = file
+        self.names = set(file.keys())  # type: ignore[no-untyped-call]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
     """Raise WeightsError unless names, shapes and types equal the schema's and every value is finite."""
     if missing := sorted(schema.keys() - tensors.keys()):
@@ -55,6 +90,12 @@ def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
 
 def model_to_bytes(model: MultiModalMAE) -> bytes:
     return tensors_to_bytes(model.state_dict())
+
+
+def model_schema(shape: ModelShape, families: Iterable[Geometry]) -> Schema:
+    """Names, shapes and types of the model's tensors; no memory is taken for values."""
+    with torch.device("meta"):
+        return schema_of(build_model(shape, families, seed=0).state_dict())
 
 
 def model_from_bytes(data: bytes, shape: ModelShape, families: Iterable[Geometry]) -> MultiModalMAE:

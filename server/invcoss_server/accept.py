@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from invcoss_common.errors import ProtocolError, WeightsError
 from invcoss_common.metrics import METRICS
-from invcoss_common.model import build_model
 from invcoss_common.records import Artefact, HandOff, Report, Task
 from invcoss_common.statistics import statistics_from_bytes, statistics_schema
-from invcoss_common.weights import Schema, schema_of, tensors_from_bytes
+from invcoss_common.weights import Schema, check_file, model_schema
 
 HEADER_BYTES = 1 << 20  # most that names and shapes of a safetensors file take
 EVALUATED = frozenset({"train_images", "train_cases", "heldout_images", "quarantined_files", "heldout_mim_loss"})
@@ -29,28 +30,23 @@ def check_report(report: Report, handoff: HandOff) -> None:
         return
     if report.model is None or report.statistics is None:
         raise ProtocolError(f"the report of site '{report.sender}' lacks the trained model or its statistics")
-    _check_size(report.model, model_schema(task), "model", report.sender)
+    _check_size(report.model, model_schema(task.model, task.families), "model", report.sender)
     _check_size(report.statistics, statistics_schema(task.model), "statistics", report.sender)
 
 
-def check_model(data: bytes, task: Task) -> None:
-    """Raise WeightsError unless `data` is exactly this task's model, every value finite."""
-    tensors_from_bytes(data, model_schema(task))
+def check_model(path: Path, task: Task) -> None:
+    """Raise WeightsError unless the file holds exactly this task's model, every value finite."""
+    check_file(path, model_schema(task.model, task.families))
 
 
-def check_statistics(data: bytes, report: Report, task: Task) -> None:
-    """Raise WeightsError unless `data` are possible statistics of this task's model, taken over the reported images."""
-    statistics = statistics_from_bytes(data, task.model)
+def check_statistics(path: Path, report: Report, task: Task) -> None:
+    """Raise WeightsError unless the file holds possible statistics of this task's model over the reported images."""
+    check_file(path, statistics_schema(task.model))
+    statistics = statistics_from_bytes(path.read_bytes(), task.model)
     if bool((statistics.variance < 0).any()) or float(statistics.task_loss) < 0:
         raise WeightsError(f"the statistics of site '{report.sender}' hold a negative variance or loss")
     if int(statistics.images) != int(report.metrics["train_images"]):
         raise WeightsError(f"the statistics of site '{report.sender}' are not over the images that its report counts")
-
-
-def model_schema(task: Task) -> Schema:
-    """Names, shapes and types of the task's model; no memory is taken for values."""
-    with torch.device("meta"):
-        return schema_of(build_model(task.model, task.families, seed=0).state_dict())
 
 
 def _check_size(artefact: Artefact, schema: Schema, what: str, site: str) -> None:

@@ -72,6 +72,20 @@ def check_plan(plan: PlanFile) -> None:
     Console().print(f"plan digest {loaded.digest()}", highlight=False)
 
 
+@app.command()
+def check_model(
+    plan: PlanFile, model: Annotated[Path, typer.Argument(metavar="MODEL", help="safetensors file")]
+) -> None:
+    """Check that a model file is one of this plan after its last stage: names, shapes, types, finite values."""
+    from invcoss_common.weights import check_file, model_schema
+    from invcoss_server.relay import families
+
+    loaded = load_plan(plan)
+    schema = model_schema(loaded.model_shape, families(loaded, len(loaded.stages) - 1))
+    check_file(model, schema)
+    print(f"{model}: {len(schema)} tensors, as the plan has them")
+
+
 def _show_result(plan: Plan, folder: Path, as_json: bool) -> None:
     from invcoss_server.report import forgetting_table
     from invcoss_server.state import RunState

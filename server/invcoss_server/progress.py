@@ -55,10 +55,12 @@ class ProgressView:
                 where = f"stage {event['stage'] + 1} of {event['stages']}"
                 self._say(f"[bold]{where}[/bold]: {event['modality']} at {event['site']}")
             case "status" if event["state"] in ("queued", "running"):
-                detail = f"{event['images_per_s']:.0f} images/s, loss {event['loss']:.3f}" if event["step"] else ""
-                words = "visit" if event["hop"].endswith("train") else "evaluation"
-                total = event["steps"] or None
-                self._bar(event["hop"], f"{words} at {event['site']}", total, event["step"], detail)
+                detail = ""
+                if event["phase"] == "training":
+                    wait = f"{event['data_wait_share']:.0%} waiting for data"
+                    detail = f"{event['images_per_s']:.0f} images/s, {wait}, loss {event['loss']:.3f}"
+                words = f"{event['hop']} at {event['site']}: {event['phase']}"
+                self._bar(words, words, event["steps"] or None, event["step"], detail)
             case "inversion":
                 detail = f"{event['images_per_s']:.2f} images/s, task {event['task']:.3f}, norm {event['norm']:.3f}"
                 self._bar(f"inversion {event['stage']}", "inversion", event["steps"], event["step"], detail)

@@ -141,8 +141,8 @@ def do_hop(run: Run, handoff: HandOff, number: int, of: int) -> Report:
     worked = time.monotonic()
     received = sum(fetch(run.courier, site, artefact, run.store, part_bytes) for artefact in report.artefacts)
     if report.model and report.statistics:
-        check_model(run.store.path(report.model).read_bytes(), handoff.task)
-        check_statistics(run.store.path(report.statistics).read_bytes(), report, handoff.task)
+        check_model(run.store.path(report.model), handoff.task)
+        check_statistics(run.store.path(report.statistics), report, handoff.task)
     fetched = time.monotonic()
     seconds = (delivered - began, worked - delivered, fetched - worked)
     run.state.record(Hop(handoff.hop, number, of, site, report, sent, received, *seconds))

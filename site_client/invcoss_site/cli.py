@@ -25,7 +25,9 @@ ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.joi
 def check_data(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder with the site's images")],
     modality: ModalityName,
-    index: Annotated[list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")] = None,
+    index: Annotated[
+        list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
+    ] = None,
     size: Annotated[SizeName, typer.Option(help="size of model that the images are prepared for")] = "nano",
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
@@ -51,7 +53,12 @@ def check_data(
         cases[item.held_out].add(item.case)
     reasons = [rejected.reason for rejected in images.quarantined]
     if as_json:
-        counts = {"train": train, "heldout": held_out, "train_cases": len(cases[False]), "heldout_cases": len(cases[True])}
+        counts = {
+            "train": train,
+            "heldout": held_out,
+            "train_cases": len(cases[False]),
+            "heldout_cases": len(cases[True]),
+        }
         print(json.dumps({"modality": modality, "images": counts, "quarantined": reasons}))
         return
     table = Table("", "images", "cases")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,12 @@ def heldout_loss(
     draws: int,
     batch_size: int,
     seed: int,
+    on_progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> float:
-    """Mean loss over images (N, C, *size) in [0, 1] and `draws` masks that depend on `seed` only, not on batches."""
+    """Mean loss over images (N, C, *size) in [0, 1] and `draws` masks that depend on `seed` only, not on batches.
+
+    `on_progress(done, of)` counts images, each once a draw.
+    """
     model.eval()
     device = model.cls_token.device
     total = 0.0
@@ -34,4 +40,5 @@ def heldout_loss(
             mask = masks.rows(start, stop).to(device)
             _, prediction = model(batch, geometry, mask)
             total += float(masked_error(prediction, target_patches(batch, geometry), mask).sum())
+            on_progress(draw * len(images) + stop, draws * len(images))
     return total / (len(images) * draws)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
+from torch import Tensor
 
 from invcoss_common import __version__
 from invcoss_common.metrics import CURVE_POINTS
 from invcoss_common.model import MultiModalMAE
-from invcoss_common.records import HandOff, Report, Status, Task
+from invcoss_common.records import HandOff, Phase, Report, Status, Task
 from invcoss_common.seeds import derive_seed
 from invcoss_common.statistics import record_statistics, statistics_to_bytes
 from invcoss_common.weights import model_from_bytes, model_to_bytes
@@ -37,7 +38,7 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
     if task.threads:
         torch.set_num_threads(task.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = site_images(home, task)
+    images = site_images(home, task, on_status)
     model = load_model(handoff, home, device)
     metrics = {
         "train_images": float(len(images.train)),
@@ -55,14 +56,15 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
     )
     if task.kind == "train":
         report = _train(handoff, home, model, images, on_status, report)
-    loss = evaluate(model, images.heldout, task)
+    loss = evaluate(model, images.heldout, task, on_status)
     return report.model_copy(update={"metrics": report.metrics | {"heldout_mim_loss": loss}})
 
 
-def site_images(home: SiteHome, task: Task) -> SiteImages:
+def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
     """This site's images of the task's modality, ready for the model; damaged files are quarantined."""
     inventory = take_inventory(home.data, task.modality, home.index)
-    return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache)
+    tell = counter(on_status, "reading")
+    return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache, tell)
 
 
 def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiModalMAE:
@@ -70,7 +72,7 @@ def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiM
     return model_from_bytes(data, handoff.task.model, handoff.task.families).to(device)
 
 
-def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task) -> float:
+def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task, on_status: OnStatus) -> float:
     """Held-out loss; the masks depend on the run's seed only, so that stages can be compared."""
     few = torch.from_numpy(np.ascontiguousarray(heldout[: task.evaluate.max_images]))
     return heldout_loss(
@@ -81,7 +83,13 @@ def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task) -> float:
         draws=task.evaluate.mask_draws,
         batch_size=task.evaluate.batch_size,
         seed=task.seed,
+        on_progress=counter(on_status, "evaluating"),
     )
+
+
+def counter(on_status: OnStatus, phase: Phase) -> Callable[[int, int], None]:
+    """A function (done, of) that reports how far a phase is, so that nobody takes a long one for a standstill."""
+    return lambda done, of: on_status(Status(state="running", phase=phase, step=done, steps=of))
 
 
 def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Rehearse | None:
@@ -112,9 +120,11 @@ def _train(
         on_status(
             Status(
                 state="running",
+                phase="training",
                 step=progress.step,
                 steps=progress.steps,
                 images_per_s=progress.images_per_s,
+                data_wait_share=progress.data_wait_share,
                 loss=min(progress.losses[-1], 1e4) if progress.losses else 0.0,
             )
         )
@@ -132,7 +142,7 @@ def _train(
     )
     statistics = record_statistics(
         model,
-        (batch.to(device) for batch in whole_images(images.train, task.geometry, task.evaluate.batch_size)),
+        counted(images.train, task, device, counter(on_status, "statistics")),
         task.geometry,
         task.train.mask_ratio,
         seed=derive_seed(task.seed, "statistics", task.stage),
@@ -152,6 +162,17 @@ def _train(
             "curve": shorten(progress.losses, CURVE_POINTS),
         }
     )
+
+
+def counted(
+    images: FloatImages, task: Task, device: torch.device, tell: Callable[[int, int], None]
+) -> Iterator[Tensor]:
+    """Every training image once, at the input size, in batches on `device`."""
+    done = 0
+    for batch in whole_images(images, task.geometry, task.evaluate.batch_size):
+        yield batch.to(device)
+        done += len(batch)
+        tell(done, len(images))
 
 
 def checkpoint_path(home: SiteHome, hop: str) -> Path:

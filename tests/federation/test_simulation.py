@@ -1,4 +1,4 @@
-"""A whole federation as a real Flower run: the same model as over the loopback, failures in full, nothing left behind."""
+"""A federation as a real Flower run: the same model as over the loopback, failures in full, nothing left behind."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_a_simulation_ended_in_the_middle_leaves_nothing_and_goes_on(tmp_path, h
     started = subprocess.Popen(command(tmp_path, out, steps=60), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 200
-        while b'"step": 2' not in ((out / EVENTS).read_bytes() if (out / EVENTS).exists() else b""):
+        while b'"phase": "training"' not in ((out / EVENTS).read_bytes() if (out / EVENTS).exists() else b""):
             assert time.monotonic() < deadline and started.poll() is None, started.stderr.read()
             time.sleep(0.05)
     finally:

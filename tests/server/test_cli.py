@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from invcoss_common.config import load_plan
+from invcoss_common.model import build_model
 
 PLANS = Path(__file__).parents[2] / "plans"
 
@@ -100,3 +105,49 @@ def test_a_useless_folder_is_one_line_and_exit_code_4(tmp_path, make):
 def test_an_unknown_modality_is_exit_code_3(tmp_path):
     assert run("invcoss_site", "phantoms", tmp_path / "a", "--modality", "xrya")[0] == 3
     assert run("invcoss_site", "check-data", tmp_path, "--modality", "xrya")[0] == 3
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The tensors of the demo plan's model."""
+    plan = load_plan(PLANS / "demo.toml")
+    geometries = [plan.geometry(number) for number in range(4)]
+    return dict(build_model(plan.model_shape, geometries, 0).state_dict())
+
+
+def without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: without(t, "cls_token"), "'cls_token' is missing"),
+        (lambda t: t | {"patients": torch.zeros(3)}, "does not have, such as 'patients'"),
+        (lambda t: t | {"cls_token": torch.zeros(1, 2, 128)}, "'cls_token' is (1, 2, 128)"),
+        (lambda t: t | {"cls_token": torch.full((1, 1, 128), torch.nan)}, "'cls_token' holds NaN"),
+        (lambda t: t | {"cls_token": torch.zeros(1, 1, 128, dtype=torch.float16)}, "torch.float16"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line_and_exit_code_5(tmp_path, weights, spoil, says):
+    save_file(spoil(weights), tmp_path / "model.safetensors")
+    status, _, err = run("invcoss_server", "check-model", PLANS / "demo.toml", tmp_path / "model.safetensors")
+    assert status == 5, err
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_weights_that_fit_and_files_that_are_none(tmp_path, weights):
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    assert run("invcoss_server", "check-model", PLANS / "demo.toml", file)[0] == 0
+    save_file(weights, file, {"note": "patient 7"})
+    status, _, err = run("invcoss_server", "check-model", PLANS / "demo.toml", file)
+    assert (status, len(err.splitlines())) == (5, 1)
+    assert "metadata" in err
+    torch.save(weights, file)
+    status, _, err = run("invcoss_server", "check-model", PLANS / "demo.toml", file)
+    assert (status, len(err.splitlines())) == (5, 1)
+    assert "not a safetensors file" in err
+    status, _, err = run("invcoss_server", "check-model", PLANS / "demo.toml", tmp_path / "none")
+    assert (status, len(err.splitlines())) == (5, 1)

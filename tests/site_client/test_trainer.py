@@ -155,7 +155,7 @@ def test_skipped_steps_are_remembered_over_a_kill(tmp_path):
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     trained(checkpoint=checkpoint)
-    wider = build_model(SHAPE.model_copy(update={"decoder_width": 32}), [XRAY, CT], 0)
+    wider = build_model(SHAPE.model_copy(update={"decoder_width": 32}), [XRAY, CT, MRI], 0)
     with pytest.raises(WeightsError, match="decoder"):
         train(wider, IMAGES[XRAY], XRAY, CONFIG, seed=7, checkpoint=checkpoint)
 
