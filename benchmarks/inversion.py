@@ -61,7 +61,7 @@ TABLES = {
     "Quality": QUALITY,
     "In the inverted model's own features": tuple(f"own_{name}" for name in PRDC),
 }
-WANTED = {"mim_ratio": (0.3, 1.5), "sd_ratio": (0.7, 1.2)}  # lab-findings section 9, rule 4; 1 is best
+WANTED = {"mim_ratio": (0.3, 1.5), "sd_ratio": (0.7, 1.2)}  # what we ask of a pool; 1 is best
 READING = f"""## How to read it
 
 - Peak MB is the most that one inversion held beyond its loaded model, in a process of its own.

@@ -26,7 +26,7 @@ class _Part(BaseModel):
 
 
 class TrainConfig(_Part):
-    """Masked image modelling at a site (method.md section 2). Exactly one of `steps` and `epochs` is set."""
+    """Masked image modelling at a site (MAE). Exactly one of `steps` and `epochs` is set."""
 
     steps: int | None = Field(default=None, ge=1, le=10_000_000, description="optimiser steps per stage")
     epochs: int | None = Field(default=None, ge=1, le=10_000, description="passes over the site's training cases")
@@ -55,7 +55,7 @@ class ReplayConfig(_Part):
     """How earlier modalities are rehearsed on synthetic pools while a new one is learned.
 
     `distil`: latent tokens and decoder predictions of the frozen previous model on the same mixed image and mask
-    (lab-findings section 9, rule 7). `published`: masked modelling on the synthetic image plus latent distillation, as
+    (docs/adr/0003). `published`: masked modelling on the synthetic image plus latent distillation, as
     MedCoSS and InvCoSS do.
     """
 
@@ -66,7 +66,7 @@ class ReplayConfig(_Part):
 
 
 class InversionConfig(_Part):
-    """Model inversion on the coordinator (method.md section 4; defaults from lab-findings section 9)."""
+    """Model inversion on the coordinator (InvCoSS; docs/method.md)."""
 
     pool_size: int = Field(default=64, ge=2, le=1_000_000, description="synthetic images per stage")
     steps: int = Field(default=200, ge=1, le=1_000_000, description="Adam steps per generator")

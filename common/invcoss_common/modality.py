@@ -137,7 +137,7 @@ def _scale(model: tuple[int, ...], size: tuple[tuple[int, ...], ...], patch: tup
     )
 
 
-# base is the paper's ViT-B/16 (Sec. 4.1): 224^2 in 2-D, 16x192x192 in 3-D, decoder 8 x 512.
+# base is the paper's ViT-B/16: 224^2 in 2-D, 16x192x192 in 3-D, decoder 8 x 512.
 SIZES: dict[SizeName, Scale] = {
     "nano": _scale((128, 3, 4, 96, 1, 4), ((256,), (64, 64), (16, 32, 32)), ((4,), (8, 8), (4, 8, 8))),
     "tiny": _scale((192, 6, 3, 128, 2, 4), ((256,), (96, 96), (16, 48, 48)), ((4,), (8, 8), (4, 8, 8))),

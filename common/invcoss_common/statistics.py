@@ -1,7 +1,7 @@
-"""Normalisation statistics: what a site ships beside its weights, and what inversion matches (method.md section 3).
+"""Normalisation statistics: what a site ships beside its weights, and what inversion matches (InvCoSS).
 
 They are taken at the INPUT of every encoder LayerNorm, per channel, over images and tokens (class and visible), with
-the model frozen: lab-findings section 9, rule 1. K = 2 depth + 1 norm layers, D = encoder width.
+the model frozen (docs/method.md). K = 2 depth + 1 norm layers, D = encoder width.
 """
 
 from __future__ import annotations

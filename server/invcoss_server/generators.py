@@ -73,7 +73,7 @@ class MemoryMap(nn.Module):
 
 
 class InvUNet(nn.Module):
-    """The paper's generator (method.md section 4): z enters at the bottleneck; a light memory cache branch makes
+    """The paper's generator: z enters at the bottleneck; a light memory cache branch makes
     multi-scale priors, and the main branch upsamples and fuses them at every scale."""
 
     def __init__(self, geometry: Geometry, latent_channels: int, width: int) -> None:

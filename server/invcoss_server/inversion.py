@@ -1,6 +1,6 @@
 """Model inversion: a frozen model and its normalisation statistics become a pool of synthetic images.
 
-L_inv = w_task L_task + w_norm L_norm + w_img L_img + w_rep L_rep (InvCoSS, Eq. 3-7; method.md section 4). Images are
+L_inv = w_task L_task + w_norm L_norm + w_img L_img + w_rep L_rep (InvCoSS; docs/method.md). Images are
 made in groups, one generator each; every finished group is on disk, and a group under way has a checkpoint, so that a
 killed inversion goes on and ends with the same pool. B = batch, C = channels, K = norm layers, D = encoder width.
 """
@@ -51,7 +51,7 @@ def norm_loss(inputs: Sequence[Tensor], statistics: NormStatistics) -> Tensor:
     """L_norm: distance of the batch's channel mean and variance to the stored ones, relative to the stored variance.
 
     (1/K) sum_l (1/D) sum_c (mu - m)^2 / (v + e) + (var - v)^2 / (v + e)^2, each of `inputs` (B, T, D). The paper's
-    formula is a plain sum of norms; unscaled, a few channels dominate and the images are texture (lab-findings 3).
+    formula is a plain sum of norms; unscaled, a few channels dominate and the images are texture (docs/LOG.md).
     """
     total = inputs[0].new_zeros(())
     for layer, features in enumerate(inputs):

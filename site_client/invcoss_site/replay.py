@@ -37,7 +37,7 @@ def distil_loss(
     """Latent tokens plus decoder predictions of the teacher, on the same images and mask: a scalar.
 
     ||f - f_t||^2 / Var(f_t) + masked MSE(g(f), g_t(f_t)). Synthetic pixels are never a target, so their artefacts are
-    not learned (lab-findings sections 2 and 5).
+    not learned (docs/adr/0003).
     """
     with torch.no_grad():
         teacher_latent, teacher_prediction = teacher(images, geometry, mask)
@@ -50,7 +50,7 @@ def distil_loss(
 def published_loss(
     student: MultiModalMAE, teacher: MultiModalMAE, images: Tensor, geometry: Geometry, mask: Mask
 ) -> Tensor:
-    """Masked modelling on the replayed images plus latent distillation over visible tokens (MedCoSS, Sec. 3.3)."""
+    """Masked modelling on the replayed images plus latent distillation over visible tokens (MedCoSS)."""
     with torch.no_grad():
         teacher_latent = teacher.encode(images, geometry, mask.keep)
     latent, prediction = student(images, geometry, mask)
@@ -63,7 +63,7 @@ LOSSES: dict[str, ReplayLoss] = {"distil": distil_loss, "published": published_l
 
 
 def mix_pairs(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Intra-modal mixup x' = a x_i + (1 - a) x_j, a uniform in [0, 1], partners from the batch (MedCoSS, Eq. 4)."""
+    """Intra-modal mixup x' = a x_i + (1 - a) x_j, a uniform in [0, 1], partners from the batch (MedCoSS)."""
     partner = torch.randperm(len(images), generator=generator)
     share = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator).to(images.device)
     return share * images + (1 - share) * images[partner.to(images.device)]

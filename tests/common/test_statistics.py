@@ -16,6 +16,8 @@ from invcoss_common.statistics import (
 from invcoss_common.tokens import random_mask
 from invcoss_common.weights import tensors_to_bytes
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 SHAPE = ModelShape(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 CT = Geometry(channels=1, size=(4, 8, 8), patch=(2, 4, 4))

@@ -8,6 +8,8 @@ import torch
 from invcoss_common.modality import SIZES, Geometry
 from invcoss_server.generators import GENERATORS, MemoryMap, latent_shape, scales_for
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 GREY = Geometry(channels=1, size=(32, 32), patch=(8, 8))
 COLOUR = Geometry(channels=3, size=(24, 24), patch=(8, 8))
 VOLUME = Geometry(channels=1, size=(8, 24, 24), patch=(4, 8, 8))

@@ -13,6 +13,8 @@ from invcoss_common.statistics import record_statistics
 from invcoss_server.generators import GENERATORS
 from invcoss_server.inversion import invert
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 SHAPE = ModelShape(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 PATHOLOGY = Geometry(channels=3, size=(16, 16), patch=(4, 4))

@@ -12,6 +12,8 @@ from invcoss_common.statistics import NormStatistics, norm_inputs, record_statis
 from invcoss_common.tokens import Mask, random_mask
 from invcoss_server.inversion import VARIANCE_FLOOR, image_loss, norm_loss, repulsive_loss
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 SHAPE = ModelShape(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 PATHOLOGY = Geometry(channels=3, size=(8, 12), patch=(4, 4))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from invcoss_common.modality import Geometry
 from invcoss_site.batches import TrainingBatches, batch_loader, random_crop, whole_images
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 PATHOLOGY = Geometry(channels=3, size=(16, 16), patch=(4, 4))
 CT = Geometry(channels=1, size=(4, 8, 8), patch=(2, 4, 4))
@@ -140,6 +142,7 @@ def test_whole_images_come_in_order_at_the_input_size(geometry):
     assert torch.equal(same, torch.from_numpy(at_size.astype(np.float32)))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a single core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_starts_anywhere_and_keeps_the_order(workers):
     batches = batches_of(noise(XRAY), XRAY)

@@ -19,6 +19,8 @@ from invcoss_site.batches import TrainingBatches
 from invcoss_site.replay import ReplayPool, rehearsal
 from invcoss_site.trainer import Progress, learning_rate, make_optimiser, steps_for, train
 
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
+
 SHAPE = ModelShape(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 XRAY = Geometry(channels=1, size=(16, 16), patch=(4, 4))
 CT = Geometry(channels=1, size=(4, 8, 8), patch=(2, 4, 4))
