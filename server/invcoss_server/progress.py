@@ -40,7 +40,6 @@ class ProgressView:
 
     def __enter__(self) -> ProgressView:
         self.progress.start()
-        self._bar("start", "starting Flower", None, 0, "")
         return self
 
     def __exit__(
@@ -51,6 +50,10 @@ class ProgressView:
     def show(self, event: dict[str, Any]) -> None:
         """Show one event; kinds that are not known are left out."""
         match event["event"]:
+            case "sites":
+                self._bar("sites", "making the sites' folders", event["of"], event["done"], "")
+                if event["done"] == event["of"]:
+                    self._bar("start", "starting Flower", None, 0, "")
             case "stage":
                 where = f"stage {event['stage'] + 1} of {event['stages']}"
                 self._say(f"[bold]{where}[/bold]: {event['modality']} at {event['site']}")

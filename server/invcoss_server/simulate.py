@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from typing import Any
 from invcoss_common import errors
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.errors import DataError, InvcossError, PlanError, SiteError
-from invcoss_server.flower_run import FlowerRun, end_marked
+from invcoss_server.flower_run import MARK, FlowerRun, end_marked
 
 OUTCOME = "outcome.json"  # in a run's folder: how the last attempt ended, left there by the ServerApp
 EVENTS = "events.jsonl"
@@ -47,6 +49,7 @@ def simulate(plan_path: Path, data: Path | None, out: Path, on_event: OnEvent) -
         (out / OUTCOME).unlink(missing_ok=True)
         (out / LOG).unlink(missing_ok=True)
         try:
+            _make_sites(plan, config, on_event)
             _follow(FlowerRun(Path(scratch), out / LOG, str(out), len(plan.sites), config), out, on_event)
         finally:
             end_marked(str(out))
@@ -65,6 +68,25 @@ def check_sources(plan: Plan, data: Path | None) -> None:
             raise DataError(f"site '{site}' reads its images from '{source.folder}'; say with --data where that is")
         if not (data / source.folder).is_dir():
             raise DataError(f"{data / source.folder}: no such folder; site '{site}' reads its images from there")
+
+
+def _make_sites(plan: Plan, config: dict[str, str], on_event: OnEvent) -> None:
+    """Make the sites' folders before Flower starts, in processes of their own: phantoms take a while.
+
+    The sites' package is called by name, as Flower does it: the coordinator's code does not stand on it.
+    """
+    command = [sys.executable, "-m", "invcoss_site.simulated", config["plan"], config["out"]]
+    command += [config["data"]] if config["data"] else []
+    env = {**os.environ, MARK: config["out"]}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stderr
+        on_event({"event": "sites", "done": 0, "of": len(plan.sites)})
+        for done, _ in enumerate(child.stdout, start=1):
+            on_event({"event": "sites", "done": done, "of": len(plan.sites)})
+        complaint = child.stderr.read().strip()
+    if child.returncode != 0:
+        kinds = {kind.exit_code: kind for kind in (PlanError, DataError)}
+        raise kinds.get(child.returncode, InvcossError)(complaint.splitlines()[-1] if complaint else "no site folders")
 
 
 def _follow(run: FlowerRun, out: Path, on_event: OnEvent) -> None:

@@ -1,12 +1,20 @@
-"""The folder of a site in a simulation, made from the plan on first use: phantoms, or images under `--data`."""
+"""The folder of a site in a simulation, made from the plan on first use: phantoms, or images under `--data`.
+
+    python -m invcoss_site.simulated PLAN OUT [DATA]
+
+makes those of all sites of a plan, side by side, and prints a line for each.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
-from invcoss_common.config import Plan
-from invcoss_common.errors import DataError, PlanError
+from invcoss_common.config import Plan, load_plan
+from invcoss_common.errors import DataError, InvcossError, PlanError
 from invcoss_site.home import SiteHome, load_home, write_home
 
 
@@ -41,3 +49,22 @@ def _make_phantoms(plan: Plan, site: str, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     write_phantoms(unfinished, kinds[0], plan.simulation[site].phantoms or 0, derive_seed(plan.seed, "phantoms", site))
     unfinished.replace(folder)
+
+
+def main() -> None:
+    """Make the folders of all sites; an InvcossError is one line on stderr and the error's exit code."""
+    plan_file, out, *data = sys.argv[1:]
+    try:
+        plan = load_plan(Path(plan_file))
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+            source = Path(data[0]) if data else None
+            waiting = [processes.submit(simulated_home, plan, site, source, Path(out)) for site in plan.sites]
+            for made in as_completed(waiting):
+                print(made.result().name, flush=True)
+    except InvcossError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
