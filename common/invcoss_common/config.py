@@ -62,6 +62,13 @@ class ReplayConfig(_Part):
     loss: Literal["distil", "published"] = "distil"
     weight: Weight = 1.0
     batch_share: float = Field(default=0.5, gt=0, le=4, description="replay batch size over training batch size")
+    noise: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="distil only: largest SD of Gaussian noise on a replayed image, whose values lie in [0, 1]; the SD "
+        "is drawn uniformly per image. Synthetic images lack fine texture; noise stands in for it",
+    )
     mixup: bool = Field(default=True, description="mix pairs of one modality, x' = a x_i + (1 - a) x_j")
 
 

@@ -69,6 +69,17 @@ def mix_pairs(images: Tensor, generator: torch.Generator) -> Tensor:
     return share * images + (1 - share) * images[partner.to(images.device)]
 
 
+def add_noise(images: Tensor, largest_sd: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise on images (N, C, *size) in [0, 1], its SD uniform in [0, largest_sd] per image; clipped.
+
+    The student then matches the teacher in a neighbourhood of the pool that reaches real images, whose fine texture
+    the inverted ones lack. Nothing regresses the noise: under `distil` pixels are no target.
+    """
+    spread = largest_sd * torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return (images + (spread * noise).to(images.device)).clamp(0, 1)
+
+
 def rehearsal(
     teacher: MultiModalMAE,
     pools: Sequence[ReplayPool],
@@ -94,6 +105,8 @@ def rehearsal(
         images = torch.from_numpy(pool.images[rows.numpy()]).to(device, torch.float32) / 255
         if config.mixup:
             images = mix_pairs(images, generator)
+        if config.loss == "distil" and config.noise:
+            images = add_noise(images, config.noise, generator)
         mask = random_mask(count, pool.geometry.tokens, mask_ratio, generator).to(device)
         return config.weight * loss(student, teacher, images, pool.geometry, mask)
 
