@@ -11,7 +11,7 @@ from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model, reconstruction_loss
 from invcoss_common.seeds import generator_for
 from invcoss_common.tokens import random_mask
-from invcoss_site.replay import LOSSES, ReplayPool, distil_loss, mix_pairs, published_loss, rehearsal
+from invcoss_site.replay import LOSSES, ReplayPool, add_noise, distil_loss, mix_pairs, published_loss, rehearsal
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
 
@@ -134,6 +134,21 @@ def test_mixed_images_stay_between_their_pair(geometry):
     torch.testing.assert_close(mix_pairs(same, torch.Generator().manual_seed(0)), same)
 
 
+@pytest.mark.parametrize("geometry", [XRAY, CT])
+def test_noise_has_a_spread_of_its_own_per_image_up_to_the_largest(geometry):
+    images = torch.full((400, 1, *geometry.size), 0.5)
+    noisy = add_noise(images, 0.1, torch.Generator().manual_seed(0))
+    spread = noisy.flatten(1).std(dim=1)
+    assert spread.max() < 0.14  # 0.1, and the error of an estimate from few pixels
+    assert spread.min() < 0.01
+    assert spread.mean() == pytest.approx(0.05, abs=0.01)
+    assert (noisy - 0.5).mean().abs() < 0.002
+    assert torch.equal(noisy, add_noise(images, 0.1, torch.Generator().manual_seed(0)))
+    bright = add_noise(torch.ones(9, 1, *geometry.size), 1.0, torch.Generator().manual_seed(0))
+    assert bright.max() == 1
+    assert bright.min() >= 0
+
+
 def test_the_teacher_is_frozen_and_never_changes():
     student, teacher = model_of(0), model_of(0)
     before = weights_of(teacher)
@@ -174,6 +189,8 @@ def test_a_step_can_be_computed_again_from_seed_and_number(loss, mixup):
         images = torch.from_numpy(pool.images.astype(np.float32) / 255)[rows]
         if mixup:
             images = mix_pairs(images, random)
+        if loss == "distil":  # under `published` pixels are a target, and noise must not be one
+            images = add_noise(images, ReplayConfig().noise, random)
         mask = random_mask(4, pool.geometry.tokens, 0.75, random)
         with torch.no_grad():
             expected = 2.0 * LOSSES[loss](student, teacher, images, pool.geometry, mask)
