@@ -123,11 +123,15 @@ class Method:
     buffer: Callable[[Stage, MultiModalMAE, Path], Pixels | None]
     loss: str
     meaning: str
+    noise: bool = True  # whether the plan's replay noise is added, under distillation
 
 
 METHODS = {
     "finetune": Method(no_buffer, "distil", "no replay"),
-    "mnoise": Method(mean_noise, "distil", "Gaussian around mean and SD image; latents and predictions distilled"),
+    # Noise on noise makes the control worse (docs/LOG.md, 2026-11-24), so it goes without.
+    "mnoise": Method(
+        mean_noise, "distil", "Gaussian around mean and SD image; latents and predictions distilled", False
+    ),
     "real5": Method(real_images, "published", "5 % real images; masked modelling and latent distillation (MedCoSS)"),
     "real5-distil": Method(real_images, "distil", "5 % real images; latents and predictions distilled"),
     "invcoss": Method(inverted, "distil", "inverted pool; latents and predictions distilled (the default)"),
@@ -170,7 +174,7 @@ def trained(
         rehearse = rehearsal(
             model_from_bytes(model_to_bytes(before), shape, families),
             pools,
-            plan.replay.model_copy(update={"loss": method.loss}),
+            plan.replay.model_copy(update={"loss": method.loss} | ({} if method.noise else {"noise": 0.0})),
             batch_size=plan.train.batch_size,
             mask_ratio=plan.train.mask_ratio,
             seed=seed,
