@@ -76,7 +76,7 @@ def repulsive_loss(features: Tensor, slots: Tensor, own: Tensor, filled: Tensor)
     """
     cosine = nn.functional.normalize(features, dim=1) @ slots.T
     counted = filled.expand(len(features), -1).clone()
-    counted[torch.arange(len(features)), own] = False
+    counted[torch.arange(len(features), device=own.device), own] = False
     return (cosine.square() * counted).sum() / counted.sum().clamp_min(1)
 
 
