@@ -1,11 +1,15 @@
-"""Canonical JSON, digests and atomic writes: the byte-level habits that everything recorded or sent relies on."""
+"""Canonical JSON, digests, atomic files and folders: the habits that everything recorded or sent relies on."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -43,3 +47,27 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a draft that becomes the folder `path` (0700) at the end: a kill at any instant leaves no `path`, or all.
+
+    Raises FileExistsError when `path` is there, BlockingIOError while another process makes it; a draft that was left
+    behind is removed.
+    """
+    with suppress(FileExistsError):
+        path.parent.mkdir(parents=True)
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    draft = path.with_name(f".{path.name}.unfinished")
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists():
+            raise FileExistsError(f"{path} exists")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+        yield draft
+        draft.rename(path)
+        os.fsync(parent)
+    finally:
+        os.close(parent)

@@ -8,8 +8,9 @@ InvcossError (1)
 ├── ProtocolError (6)      a message or hand-off outside the protocol's schema
 │   └── HopBusy            a site still works on an earlier hand-off of the same name
 ├── TrainingError (7)      the loss stopped being a number
-└── SiteError (8)          a site failed or refused; carries its error class, never its text
-    └── SiteUnreachable    no answer at all; a site that is only away for a while comes back
+├── SiteError (8)          a site failed or refused; carries its error class, never its text
+│   └── SiteUnreachable    no answer at all; a site that is only away for a while comes back
+└── CredentialError (9)    a key, certificate or enrolment file, or a connection that they should secure
 """
 
 from __future__ import annotations
@@ -76,3 +77,9 @@ class SiteError(InvcossError):
 
 class SiteUnreachable(SiteError):
     """A site did not answer."""
+
+
+class CredentialError(InvcossError):
+    """A key, certificate, enrolment request or join file can't be used, or a connection can't be trusted."""
+
+    exit_code = 9

@@ -16,6 +16,7 @@ from invcoss_common.errors import InvcossError, PlanError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+ConsortiumFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the consortium's folder")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="the plan, a TOML file such as plans/demo.toml")]
 
 
@@ -84,6 +85,94 @@ def check_model(
     schema = model_schema(loaded.model_shape, families(loaded, len(loaded.stages) - 1))
     check_file(model, schema)
     print(f"{model}: {len(schema)} tensors, as the plan has them")
+
+
+@app.command()
+def init(
+    folder: ConsortiumFolder,
+    name: Annotated[str, typer.Option(help="name of the consortium: lower-case letters, digits, hyphens")],
+    host: Annotated[
+        list[str], typer.Option(help="DNS name or IP address of the coordinator; sites use the first; may be repeated")
+    ],
+    port: Annotated[int, typer.Option(help="TCP port that sites connect to")] = 443,
+) -> None:
+    """Make a consortium: certificate authority, server certificate, coordinator's key, empty register of sites."""
+    from invcoss_common.keys import fingerprint
+    from invcoss_server.provision import coordinator_digest, init_consortium
+
+    made = init_consortium(folder, name, tuple(host), port)
+    print(f"consortium {made.name} in {folder}; sites will connect to {made.address}")
+    print(f"back up {folder}; its keys are in {folder / 'pki'} and leave this machine for nothing else")
+    print(f"compare by phone, coordinator's key: {fingerprint(coordinator_digest(folder))}")
+
+
+@app.command()
+def renew_certificate(folder: ConsortiumFolder) -> None:
+    """Renew the server certificate, for 13 months; sites notice nothing. Reload the server afterwards."""
+    from invcoss_server.provision import renew_server_certificate
+
+    end = renew_server_certificate(folder)
+    print(f"{folder / 'pki' / 'server.crt'} is valid until {end:%Y-%m-%d}; reload what serves it")
+
+
+@app.command()
+def enrol_site(
+    folder: ConsortiumFolder,
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="the site's enrolment-request.json")],
+    out: Annotated[Path | None, typer.Option(help="join file to write; default join-<site>.json")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="the site has new keys; revoke its old ones")] = False,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="of the site's signing key, as the site read it out; refused if it differs")
+    ] = None,
+) -> None:
+    """Enrol a site by its request and write the join file for it; no other site is touched."""
+    from invcoss_common.enrolment import read_enrolment_file, write_enrolment_file
+    from invcoss_common.keys import fingerprint as grouped
+    from invcoss_server.provision import enrol_site
+
+    joined = enrol_site(folder, read_enrolment_file(request), replace, fingerprint)
+    path = out or Path(f"join-{joined.site}.json")
+    write_enrolment_file(joined, path)
+    print(f"site {joined.site} is enrolled; send it {path}")
+    print("compare these by phone; if one differs, revoke the site at once:")
+    print(f"  site's signing key: {grouped(joined.signing_key_sha256)}")
+    print(f"  site's node key:    {grouped(joined.node_key_sha256)}")
+    print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
+
+
+@app.command()
+def revoke_site(
+    folder: ConsortiumFolder, name: Annotated[str, typer.Argument(metavar="NAME", help="name of the site")]
+) -> None:
+    """Revoke a site's keys, for ever; no other site is touched."""
+    from invcoss_server.provision import revoke_site
+
+    revoke_site(folder, name)
+    print(f"site {name} is revoked")
+
+
+@app.command()
+def sites(
+    folder: ConsortiumFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="print every pair of keys as JSON")] = False,
+) -> None:
+    """List the sites and every key they have or had."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from invcoss_common.keys import fingerprint
+    from invcoss_server.provision import sites
+
+    found = sites(folder)
+    if as_json:
+        print(json.dumps([asdict(site) for site in found]))
+        return
+    table = Table("site", "enrolled", "revoked", "signing key")
+    for site in found:
+        revoked = site.revoked[:10] if site.revoked else "no"
+        table.add_row(site.name, site.enrolled[:10], revoked, fingerprint(site.signing_key_sha256))
+    Console().print(table)
 
 
 def _show_result(plan: Plan, folder: Path, as_json: bool) -> None:

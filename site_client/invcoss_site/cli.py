@@ -18,6 +18,7 @@ from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
 
 
@@ -83,6 +84,55 @@ def phantoms(
 
     write_phantoms(folder, modality, cases, seed)
     Console().print(f"{cases} cases and labels.csv in {folder}", highlight=False)
+
+
+@app.command()
+def init(
+    folder: SiteFolder,
+    name: Annotated[str, typer.Option(help="name of the site: lower-case letters, digits, hyphens")],
+    data: Annotated[Path, typer.Option(help="folder with the site's images")],
+) -> None:
+    """Make the site's folder, its keys and the enrolment request for the operator."""
+    from invcoss_common.keys import fingerprint
+    from invcoss_site.enrol import init_site
+
+    request = init_site(folder, name, data)
+    print(f"site {name} in {folder}; the private keys in {folder / 'keys'} never leave this machine")
+    print(f"send the operator {folder / 'enrolment-request.json'}; it holds public keys only")
+    print("compare these by phone:")
+    print(f"  site's signing key: {fingerprint(request.signing_key_sha256)}")
+    print(f"  site's node key:    {fingerprint(request.node_key_sha256)}")
+
+
+@app.command()
+def join(
+    folder: SiteFolder,
+    join_file: Annotated[Path, typer.Argument(metavar="JOINFILE", help="the file that the operator sent")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="of the coordinator's key, as the operator read it out; refused if it differs")
+    ] = None,
+) -> None:
+    """Check the operator's join file against this site's keys and keep it."""
+    from invcoss_common.enrolment import read_enrolment_file
+    from invcoss_common.keys import fingerprint as grouped
+    from invcoss_site.enrol import join
+
+    joined = join(folder, read_enrolment_file(join_file), fingerprint)
+    print(f"site {joined.site} joined consortium {joined.consortium}; its coordinator is at {joined.address}")
+    print("compare by phone; if it differs, do not connect:")
+    print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
+
+
+@app.command()
+def check_connection(
+    folder: SiteFolder, timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for an answer")] = 10.0
+) -> None:
+    """Connect to the coordinator and check its certificate and both clocks; sends nothing of the site."""
+    from invcoss_site.connection import check_credentials
+
+    found = check_credentials(folder, timeout)
+    clock = "did not tell its clock" if found.ahead_s is None else "clock agrees"
+    print(f"{found.address}: {found.tls}, certificate valid until {found.valid_until:%Y-%m-%d}, {clock}")
 
 
 def main() -> None:

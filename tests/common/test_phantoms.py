@@ -47,8 +47,10 @@ def test_index_lists_every_file_with_a_label_and_both_splits(tmp_path, modality)
 def test_pictures_are_what_the_table_says(tmp_path):
     for modality in ("xray", "pathology"):
         write_phantoms(tmp_path / modality, modality, 1, 3)
-    assert Image.open(tmp_path / "xray" / "xray-0000.png").mode == "L"
-    tile = np.asarray(Image.open(tmp_path / "pathology" / "pathology-0000.png")).astype(float)
+    with Image.open(tmp_path / "xray" / "xray-0000.png") as film:
+        assert film.mode == "L"
+    with Image.open(tmp_path / "pathology" / "pathology-0000.png") as image:
+        tile = np.asarray(image).astype(float)
     assert tile.shape == (160, 160, 3)
     red, green, blue = tile.mean((0, 1))
     assert red > green + 30 and blue > green + 30, "stained pink and purple"
@@ -76,7 +78,8 @@ def test_labels_change_the_picture_where_they_should(tmp_path):
     write_phantoms(tmp_path, "xray", 80, 0)
     by_label = {}
     for row in rows(tmp_path):
-        film = np.asarray(Image.open(tmp_path / row["file"])).astype(float)
+        with Image.open(tmp_path / row["file"]) as image:
+            film = np.asarray(image).astype(float)
         by_label.setdefault(row["label"], []).append(film)
     heart = {label: np.mean([f[100:115, 95:125] for f in films]) for label, films in by_label.items()}
     bases = {label: np.mean([f[95:105, 25:40] for f in films]) for label, films in by_label.items()}

@@ -207,7 +207,8 @@ def test_the_coordinator_stores_nothing_of_the_sites_images(finished):
 
     stretches = []
     for path in (out / "sites" / "xray-site" / "data").glob("*.png"):
-        pixels = Image.open(path).tobytes()
+        with Image.open(path) as film:
+            pixels = film.tobytes()
         stretches.append(pixels[len(pixels) // 2 : len(pixels) // 2 + 64])
     assert len(set(stretches)) == 12
     files = [path for path in out.rglob("*") if path.is_file() and "sites" not in path.relative_to(out).parts]

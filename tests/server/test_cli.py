@@ -35,7 +35,7 @@ def changed(path, old, new):
         ('modality = "xray"', 'modality = "xrya"', "unknown modality 'xrya'; known are ct, mri, pathology, xray"),
         ("batch_size = 32", "batchsize = 32", "train.batchsize: no such field; check the spelling"),
         ('size = "nano"', 'size = "huge"', "size: "),
-        ("pool_size = 48", "pool_size = 1", "inversion.pool_size: "),
+        ("pool_size = 32", "pool_size = 1", "inversion.pool_size: "),
         ("steps = 250", "steps = -1", "train.steps: "),
         ("phantoms = 300", "phantoms = 1", "simulation.chest-clinic.phantoms: "),
         ("[simulation.chest-clinic]", "[simulation.chest-clinix]", "sites that no stage visits: chest-clinix"),

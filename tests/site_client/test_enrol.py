@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from invcoss_common.canonical import new_folder
 from invcoss_common.enrolment import EnrolmentRequest, open_signed, sign_join_file
 from invcoss_common.errors import CredentialError, DataError
 from invcoss_common.keys import (
     fingerprint,
+    generate_ec_key,
     key_digest,
     load_ec_key,
     load_signing_key,
@@ -233,6 +237,21 @@ def signed(site, consortium, certificate, key=None):
     return sign_join_file(request, "chest", "localhost:443", certificate, key).to_bytes()
 
 
+def intermediate(consortium):
+    """The consortium's CA certificate, but issued by another key."""
+    ca = x509.load_pem_x509_certificate((consortium / "pki" / "ca.crt").read_bytes())
+    copy = x509.CertificateBuilder(
+        ca.issuer,
+        ca.subject,
+        ca.public_key(),
+        ca.serial_number,
+        ca.not_valid_before_utc.replace(tzinfo=None),
+        ca.not_valid_after_utc.replace(tzinfo=None),
+        list(ca.extensions),
+    )
+    return copy.sign(generate_ec_key(), SHA384()).public_bytes(Encoding.PEM).decode()
+
+
 def test_a_join_file_that_is_not_for_this_site_is_refused(tmp_path, images, site, consortium):
     answer = enrolled(site, consortium)
     init_site(tmp_path / "south", "south", images)
@@ -244,6 +263,7 @@ def test_a_join_file_that_is_not_for_this_site_is_refused(tmp_path, images, site
         (tmp_path / "south", answer.to_bytes(), None, "is for site 'north', and this is 'south'"),
         (tmp_path / "again", answer.to_bytes(), None, "for other keys of this site"),
         (site, signed(site, consortium, server_certificate), None, "is not that of an authority"),
+        (site, signed(site, consortium, intermediate(consortium)), None, "is not that of an authority"),
         (site, signed(site, consortium, "nonsense"), None, "is not that of an authority"),
         (site, (site / "enrolment-request.json").read_bytes(), None, "not a valid InvCoSS join file"),
     ):
