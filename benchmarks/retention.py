@@ -42,7 +42,7 @@ from invcoss_site.prepare import SiteImages, prepare
 from invcoss_site.replay import ReplayPool, rehearsal
 from invcoss_site.simulated import simulated_home
 from invcoss_site.trainer import train
-from measurement import write_measurement
+from measurement import stem, write_measurement
 
 Pixels = npt.NDArray[np.uint8]
 REAL_SHARE = 0.05  # of the training images, the buffer of ER and MedCoSS
@@ -327,6 +327,8 @@ def report(results: Results, figures: dict[str, float], plan: Plan, images: list
         f"Images, train/held out: {counts}. `real5` keeps {', '.join(kept)} images; the pools of `mnoise` and "
         f"`invcoss` have {plan.inversion.pool_size} each.",
         "",
+        f"![Loss after the last stage by modality and method]({stem('retention')}.png)",
+        "",
     ]
     return "\n".join(lines)
 
@@ -419,6 +421,7 @@ def main() -> None:
         "plan": base.model_dump(mode="json"),
         "methods": methods,
         "seeds": list(seeds),
+        "jobs": asked.jobs,
     }
     written = write_measurement("retention", figures, config, results, page, asked.out)
     draw(results, written.with_suffix(".png"))

@@ -111,12 +111,13 @@ def test_a_failing_site_shows_its_traceback_and_its_exit_code_and_the_run_goes_o
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_simulation_ended_in_the_middle_leaves_nothing_and_goes_on(tmp_path, how):
-    out = tmp_path / "run"
-    started = subprocess.Popen(command(tmp_path, out, steps=60), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    out, log = tmp_path / "run", tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        started = subprocess.Popen(command(tmp_path, out, steps=60), stdout=subprocess.DEVNULL, stderr=stderr)
     try:
         deadline = time.monotonic() + 200
         while b'"phase": "training"' not in ((out / EVENTS).read_bytes() if (out / EVENTS).exists() else b""):
-            assert time.monotonic() < deadline and started.poll() is None, started.stderr.read()
+            assert time.monotonic() < deadline and started.poll() is None, log.read_text()
             time.sleep(0.05)
     finally:
         os.kill(started.pid, how)
