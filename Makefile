@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test check fast install clean
+.PHONY: demo test check fast install bundle clean
 
 demo: $(VENV)/.demo
 	$(BIN)/invcoss-server simulate plans/demo.toml
@@ -23,6 +23,9 @@ fast: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow"
 
 install: $(VENV)/.dev
+
+bundle: $(VENV)/.dev
+	$(BIN)/python deploy/bundle/make_bundle.py $(if $(EXTRA),--extra $(EXTRA))
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'

@@ -19,6 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1e4)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+WireDtype = Literal["float32", "bfloat16"]
 
 
 class _Part(BaseModel):
@@ -30,7 +31,7 @@ class TrainConfig(_Part):
 
     steps: int | None = Field(default=None, ge=1, le=10_000_000, description="optimiser steps per stage")
     epochs: int | None = Field(default=None, ge=1, le=10_000, description="passes over the site's training cases")
-    batch_size: int = Field(default=32, ge=1, le=4096, description="images per forward pass")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="images per forward pass, over all GPUs of a site")
     accumulate: int = Field(default=1, ge=1, le=1024, description="forward passes per optimiser step")
     lr: float = Field(default=1.5e-3, gt=0, le=1, description="peak learning rate of AdamW")
     warmup: Share = Field(default=0.1, description="share of the steps spent warming up; then cosine to 0")
@@ -42,7 +43,7 @@ class TrainConfig(_Part):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     max_bad_steps: int = Field(default=3, ge=0, description="non-finite steps in a row that are skipped before failing")
     checkpoint_every_s: float = Field(default=60.0, gt=0, description="seconds between checkpoints of a visit")
-    workers: int = Field(default=0, ge=0, le=64, description="processes that prepare batches")
+    workers: int = Field(default=0, ge=0, le=64, description="processes that prepare batches, for each GPU")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -104,8 +105,14 @@ class RelayConfig(_Part):
 
     poll_s: float = Field(default=0.5, gt=0, le=600, description="pause between two status questions")
     stall_timeout_s: float = Field(default=600.0, gt=0, description="give up on a visit that shows no progress so long")
+    answer_s: float = Field(default=120.0, gt=0, le=86400, description="ask again when no answer came so long")
+    skip_absent_s: float | None = Field(
+        default=None, gt=0, description="leave out a stage whose site has been away so long; unset: wait for it"
+    )
     attempts: int = Field(default=3, ge=1, le=100, description="tries of one message before the stage fails")
     part_mib: int = Field(default=64, ge=1, le=128, description="largest part of an artefact in one message")
+    wire_dtype: WireDtype = Field(default="float32", description="models travel as; bfloat16 halves them and rounds")
+    compress: bool = Field(default=False, description="deflate parts of artefacts on the wire; no bit is lost")
 
 
 class StageConfig(_Part):

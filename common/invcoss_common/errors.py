@@ -6,10 +6,12 @@ InvcossError (1)
 │   └── UnreadableFile     one file; it is quarantined, the visit goes on
 ├── WeightsError (5)       tensors missing, extra, misshapen, not finite, wrong digest
 ├── ProtocolError (6)      a message or hand-off outside the protocol's schema
-│   └── HopBusy            a site still works on an earlier hand-off of the same name
+│   ├── HopBusy            a site still works on an earlier hand-off of the same name
+│   └── BundleRefused      a Flower app bundle that is not the reviewed one
 ├── TrainingError (7)      the loss stopped being a number
 ├── SiteError (8)          a site failed or refused; carries its error class, never its text
-│   └── SiteUnreachable    no answer at all; a site that is only away for a while comes back
+│   ├── TransferClosed     the site's own [transfer] lets nothing cross now; it will later
+│   └── SiteUnreachable    no answer, or no progress; a site that is only away for a while comes back
 └── CredentialError (9)    a key, certificate or enrolment file, or a connection that they should secure
 """
 
@@ -59,6 +61,10 @@ class HopBusy(ProtocolError):
     """The site still works on another hand-off of the same name."""
 
 
+class BundleRefused(ProtocolError):
+    """A Flower app bundle carries code, or is not the one that this site installed."""
+
+
 class TrainingError(InvcossError):
     """Training can't go on."""
 
@@ -75,8 +81,12 @@ class SiteError(InvcossError):
         self.site = site
 
 
+class TransferClosed(SiteError):
+    """A site lets no part of an artefact cross now, because of its own hours or limit of bandwidth."""
+
+
 class SiteUnreachable(SiteError):
-    """A site did not answer."""
+    """A site did not answer, or its work shows no progress."""
 
 
 class CredentialError(InvcossError):

@@ -2,22 +2,25 @@
 
 A *hop* is one piece of work at one site (train a stage, or evaluate a model); its id names everything about it, so a
 message that arrives twice does no harm. Large artefacts (tensors) are named by sha256 and travel in parts.
+
+Two versions of the protocol are spoken, this one and the one before, so that no two sides need be upgraded at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from invcoss_common.canonical import canonical_json
-from invcoss_common.config import EvaluateConfig, Name, ReplayConfig, TrainConfig
+from invcoss_common.config import EvaluateConfig, Name, ReplayConfig, TrainConfig, WireDtype
 from invcoss_common.errors import ProtocolError
 from invcoss_common.metrics import CURVE_POINTS, check_metrics
 from invcoss_common.modality import Geometry, Modality, ModelShape
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+SPOKEN = (PROTOCOL_VERSION - 1, PROTOCOL_VERSION)
 MAX_RECORD_BYTES = 1 << 20  # a hand-off or report is JSON of a few kB; more is refused unread
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -25,11 +28,44 @@ HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|eval-[a-z0-9-]{1,48})$"
 CurvePoint = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
 HopState = Literal["unknown", "queued", "running", "done", "failed"]
 Phase = Literal["reading", "training", "statistics", "evaluating"]
-Verb = Literal["hello", "have", "put", "start", "status", "get", "purge"]
+Verb = Literal["hello", "have", "put", "start", "status", "get", "purge", "abort"]
+
+
+def negotiate(theirs: int, site: str) -> int:
+    """The version that the coordinator and `site`, whose newest is `theirs`, speak with each other: the lower one.
+
+    Raises ProtocolError naming both when they are more than one apart.
+    """
+    if abs(theirs - PROTOCOL_VERSION) > 1:
+        older = "the site's" if theirs < PROTOCOL_VERSION else "the coordinator's"
+        raise ProtocolError(
+            f"site '{site}' speaks protocol {theirs}, the coordinator {PROTOCOL_VERSION}; upgrade {older} software"
+        )
+    return min(theirs, PROTOCOL_VERSION)
+
+
+def spoken(version: int) -> int:
+    """`version`, if this side speaks it; else raises ProtocolError naming both sides' versions."""
+    if version not in SPOKEN:
+        raise ProtocolError(f"protocol {version} is not spoken here; this side speaks {SPOKEN[0]} and {SPOKEN[1]}")
+    return version
+
+
+def _spoken(version: int) -> int:
+    try:
+        return spoken(version)
+    except ProtocolError as error:
+        raise ValueError(str(error)) from None
+
+
+Version = Annotated[int, AfterValidator(_spoken)]
 
 
 class _Record(BaseModel):
+    """`added` names the fields that are younger than protocol 1, with the version that brought them."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+    added: ClassVar[dict[str, int]] = {}
 
 
 class Artefact(_Record):
@@ -67,9 +103,11 @@ class Task(_Record):
 
 
 class HandOff(_Record):
-    """Coordinator to site: the task, the model to start from and the pools to rehearse."""
+    """Coordinator to site: the task, the model to start from, the pools to rehearse; `wire_dtype` is of models."""
 
-    protocol: int = PROTOCOL_VERSION
+    added: ClassVar[dict[str, int]] = {"wire_dtype": 2}
+
+    protocol: Version = PROTOCOL_VERSION
     run: Name
     hop: HopId
     receiver: Name
@@ -78,6 +116,7 @@ class HandOff(_Record):
     task: Task
     model: Artefact
     pools: tuple[Pool, ...] = ()
+    wire_dtype: WireDtype = "float32"
 
     @property
     def artefacts(self) -> tuple[Artefact, ...]:
@@ -88,7 +127,7 @@ class HandOff(_Record):
 class Report(_Record):
     """Site to coordinator: the trained model and its normalisation statistics (training only) and declared numbers."""
 
-    protocol: int = PROTOCOL_VERSION
+    protocol: Version = PROTOCOL_VERSION
     run: Name
     hop: HopId
     sender: Name
@@ -127,11 +166,12 @@ class Status(_Record):
 
 @dataclass(frozen=True)
 class Request:
-    """One verb with small fields and at most one part of an artefact."""
+    """One verb with small fields and at most one part of an artefact, in the words of one protocol version."""
 
     verb: Verb
     fields: dict[str, str | int] = field(default_factory=dict)
     blob: bytes = b""
+    protocol: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True)
@@ -143,8 +183,10 @@ class Response:
 
 
 def to_bytes(record: HandOff | Report | Status) -> bytes:
-    """Canonical JSON of a record."""
-    return canonical_json(record.model_dump(mode="json"))
+    """Canonical JSON of a record, without the fields that its protocol version does not know."""
+    unknown = _unknown(record)
+    assert all(getattr(record, name) == type(record).model_fields[name].default for name in unknown)
+    return canonical_json(record.model_dump(mode="json", exclude=unknown))
 
 
 R = TypeVar("R", HandOff, Report, Status)
@@ -159,8 +201,13 @@ def from_bytes(kind: type[R], data: bytes) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
-        raise ProtocolError(f"{kind.__name__}.{where}: {first['msg']}") from None
-    version = getattr(record, "protocol", PROTOCOL_VERSION)
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol {version} is not spoken here; this side speaks {PROTOCOL_VERSION}")
+        raise ProtocolError(f"{kind.__name__}.{where}: {first['msg'].removeprefix('Value error, ')}") from None
+    if young := sorted(_unknown(record) & record.model_fields_set):
+        raise ProtocolError(f"{kind.__name__}.{young[0]}: not a field of the protocol version that the record names")
     return record
+
+
+def _unknown(record: HandOff | Report | Status) -> set[str]:
+    """The fields of a record that are younger than the protocol version it names."""
+    version = getattr(record, "protocol", PROTOCOL_VERSION)
+    return {name for name, since in record.added.items() if since > version}

@@ -10,11 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from invcoss_common.config import WireDtype
 from invcoss_common.errors import WeightsError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import MultiModalMAE, build_model
 
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
@@ -88,18 +91,31 @@ def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
             raise WeightsError(f"tensor '{name}' holds NaN or infinite values; the training that made it went wrong")
 
 
-def model_to_bytes(model: MultiModalMAE) -> bytes:
-    return tensors_to_bytes(model.state_dict())
+def model_to_bytes(model: MultiModalMAE, dtype: WireDtype = "float32") -> bytes:
+    """The model's weights, every tensor rounded to `dtype`."""
+    return tensors_to_bytes({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()})
 
 
-def model_schema(shape: ModelShape, families: Iterable[Geometry]) -> Schema:
-    """Names, shapes and types of the model's tensors; no memory is taken for values."""
+def model_schema(shape: ModelShape, families: Iterable[Geometry], dtype: WireDtype = "float32") -> Schema:
+    """Names, shapes and types of the model's tensors as `dtype`; no memory is taken for values."""
     with torch.device("meta"):
-        return schema_of(build_model(shape, families, seed=0).state_dict())
+        return _schema(build_model(shape, families, seed=0), dtype)
 
 
-def model_from_bytes(data: bytes, shape: ModelShape, families: Iterable[Geometry]) -> MultiModalMAE:
-    """The model of this shape with the weights in `data`; raises WeightsError when they don't fit."""
+def model_from_bytes(
+    data: bytes, shape: ModelShape, families: Iterable[Geometry], dtype: WireDtype = "float32"
+) -> MultiModalMAE:
+    """The model of this shape, in float32, from weights in `dtype`; raises WeightsError when they don't fit."""
     model = build_model(shape, families, seed=0)
-    model.load_state_dict(tensors_from_bytes(data, schema_of(model.state_dict())))
+    model.load_state_dict(tensors_from_bytes(data, _schema(model, dtype)))
     return model
+
+
+def round_weights(model: MultiModalMAE, dtype: WireDtype) -> None:
+    """Round every weight in place to a value that `dtype` has, so that the model is the one that will travel."""
+    for tensor in model.state_dict().values():  # they share their memory with the model's parameters
+        tensor.copy_(tensor.to(DTYPES[dtype]))
+
+
+def _schema(model: MultiModalMAE, dtype: WireDtype) -> Schema:
+    return {name: (shape, DTYPES[dtype]) for name, (shape, _) in schema_of(model.state_dict()).items()}

@@ -1,6 +1,7 @@
 """The courier's wire format: a Request or Response as Flower records, decoded strictly.
 
 Small fields travel in a ConfigRecord `ctl`, one part of an artefact in an ArrayRecord `part` with one raw-bytes array.
+A request names its protocol version; one that does not is of version 1, and `hello` never does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple, get_args
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from invcoss_common.errors import ProtocolError
-from invcoss_common.records import MAX_RECORD_BYTES, Request, Response, Verb
+from invcoss_common.records import MAX_RECORD_BYTES, SPOKEN, Request, Response, Verb, spoken
 
 MAX_PART_BYTES = 128 << 20  # Flower's SQLite state locks up on messages of a few hundred MiB
 
@@ -27,7 +28,7 @@ class Form(NamedTuple):
 
 ARTEFACT: Fields = {"sha256": str, "size": int}
 
-VERBS: dict[Verb, Form] = {
+_VERSION_1: dict[Verb, Form] = {
     "hello": Form({}, {"site": str, "protocol": int, "code_version": str}),
     "have": Form(ARTEFACT, {"received": int}),
     "put": Form(ARTEFACT | {"offset": int}, {"received": int}, part="asks"),
@@ -36,13 +37,20 @@ VERBS: dict[Verb, Form] = {
     "get": Form(ARTEFACT | {"offset": int, "length": int}, {}, part="answers"),
     "purge": Form({"keep": str}, {}),
 }
+_VERSION_2: dict[Verb, Form] = _VERSION_1 | {
+    "put": Form(ARTEFACT | {"offset": int, "encoding": str}, {"received": int, "closed": int}, part="asks"),
+    "get": Form(ARTEFACT | {"offset": int, "length": int, "encoding": str}, {"encoding": str}, part="answers"),
+    "abort": Form({"hop": str}, {"state": str}),
+}
+VERBS: dict[int, dict[Verb, Form]] = {1: _VERSION_1, 2: _VERSION_2}
 ERROR: Fields = {"error": str}  # the answer to any verb that failed
 
-assert set(VERBS) == set(get_args(Verb))
+assert set(VERBS) == set(SPOKEN) and set(VERBS[max(SPOKEN)]) == set(get_args(Verb))
 
 
 def encode_request(request: Request) -> RecordDict:
-    return _encode({"verb": request.verb, **request.fields}, request.blob)
+    version = {} if request.protocol == 1 or request.verb == "hello" else {"protocol": request.protocol}
+    return _encode({"verb": request.verb, **version, **request.fields}, request.blob)
 
 
 def encode_response(response: Response) -> RecordDict:
@@ -50,23 +58,26 @@ def encode_response(response: Response) -> RecordDict:
 
 
 def decode_request(record: RecordDict) -> Request:
-    """The Request in `record`; raises ProtocolError on anything outside the table of verbs."""
+    """The Request in `record`; raises ProtocolError on a version not spoken, or anything outside its table of verbs."""
     fields, blob = _decode(record)
-    verb = fields.pop("verb", None)
-    for known, form in VERBS.items():
+    verb, version = fields.pop("verb", None), 1
+    if verb != "hello" and "protocol" in fields:
+        _check({"protocol": fields["protocol"]}, {"protocol": int})
+        version = spoken(int(fields.pop("protocol")))
+    for known, form in VERBS[version].items():
         if verb == known:
             _check(fields, form.asks)
             _check_part(blob, form.part == "asks")
-            return Request(known, fields, blob)
+            return Request(known, fields, blob, version)
     raise ProtocolError("message with an unknown verb")
 
 
-def decode_response(record: RecordDict, verb: Verb) -> Response:
-    """The answer to `verb` in `record`; raises ProtocolError on anything outside the table of verbs."""
+def decode_response(record: RecordDict, request: Request) -> Response:
+    """The answer to `request` in `record`; raises ProtocolError on anything outside the table of its version."""
     fields, blob = _decode(record)
-    failed = "error" in fields
-    _check(fields, ERROR if failed else VERBS[verb].answers)
-    _check_part(blob, not failed and VERBS[verb].part == "answers")
+    failed, form = "error" in fields, VERBS[request.protocol][request.verb]
+    _check(fields, ERROR if failed else form.answers)
+    _check_part(blob, not failed and form.part == "answers")
     return Response(fields, blob)
 
 

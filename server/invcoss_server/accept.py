@@ -30,13 +30,13 @@ def check_report(report: Report, handoff: HandOff) -> None:
         return
     if report.model is None or report.statistics is None:
         raise ProtocolError(f"the report of site '{report.sender}' lacks the trained model or its statistics")
-    _check_size(report.model, model_schema(task.model, task.families), "model", report.sender)
+    _check_size(report.model, model_schema(task.model, task.families, handoff.wire_dtype), "model", report.sender)
     _check_size(report.statistics, statistics_schema(task.model), "statistics", report.sender)
 
 
-def check_model(path: Path, task: Task) -> None:
-    """Raise WeightsError unless the file holds exactly this task's model, every value finite."""
-    check_file(path, model_schema(task.model, task.families))
+def check_model(path: Path, handoff: HandOff) -> None:
+    """Raise WeightsError unless the file holds exactly the hand-off's model as `wire_dtype`, every value finite."""
+    check_file(path, model_schema(handoff.task.model, handoff.task.families, handoff.wire_dtype))
 
 
 def check_statistics(path: Path, report: Report, task: Task) -> None:

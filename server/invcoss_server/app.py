@@ -2,76 +2,171 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.errors import InvcossError, ProtocolError, SiteError, SiteUnreachable
-from invcoss_common.records import PROTOCOL_VERSION, Request, Response
+from invcoss_common.records import Request, Response, negotiate
+from invcoss_common.supervise import alone
 from invcoss_common.wire import decode_response, encode_request
 from invcoss_server.courier import checked
+from invcoss_server.events import Events
+from invcoss_server.orders import RunHalted, SiteSkipped, heed
+from invcoss_server.registry import Registry
 from invcoss_server.relay import relay
-from invcoss_server.simulate import OUTCOME
+from invcoss_server.runs import CONSORTIUM, EVENTS, LOCK, Outcome, open_run, write_outcome
+from invcoss_server.state import RunState
 
 POLL_S = 0.05  # Flower's own send_and_receive looks for replies every 3 s
-TTL_S = 600.0  # Flower's life time of one message
 RETRY_S = 1.0
+SLOWEST_BYTES_PER_S = 16 << 10  # a part that crosses more slowly is sent again
+RAISED = 2  # Flower's code of an app that raised; ours never does, so it is the launcher that refused
+
+
+class NodeInfo(Protocol):
+    """What Flower says of a node that is online; all but the id comes from its registration."""
+
+    node_id: int
+    name: str
+    public_key: bytes
+
+
+class _Node(NamedTuple):
+    id: int
+    protocol: int
+
+
+Identify = Callable[[NodeInfo], str | None]
+OnAbsent = Callable[[str, int, float], None]
 
 
 class FlowerCourier:
-    """Carries messages to the Flower nodes that say which of the plan's sites they are."""
+    """Carries messages to the Flower nodes of the plan's sites.
 
-    def __init__(self, grid: Grid, plan: Plan) -> None:
+    `identify(node)` says which site a node is, None if it is none of ours, "" if it may say so itself.
+    `on_absent(site, tries so far, seconds since the first)` is called between two tries; it raises what shall end them.
+    """
+
+    def __init__(self, grid: Grid, plan: Plan, identify: Identify, on_absent: OnAbsent) -> None:
         self.grid = grid
         self.plan = plan
-        self.nodes: dict[str, int] = {}
+        self.identify = identify
+        self.on_absent = on_absent
+        self.nodes: dict[str, _Node] = {}
 
     def call(self, site: str, request: Request) -> Response:
-        for tried in range(self.plan.relay.attempts):
-            time.sleep(RETRY_S if tried else 0)
+        began, tried = time.monotonic(), 0
+        while True:
             if site not in self.nodes:
-                self.nodes = self._greet_all()
-            if site in self.nodes and (response := self._ask(self.nodes[site], request)):
-                return checked(site, response)
+                self.nodes |= self._greet(site)
+            if node := self.nodes.get(site):
+                response = self._ask(node.id, replace(request, protocol=node.protocol), site)
+                if response is not None:
+                    return checked(site, response)
             self.nodes.pop(site, None)  # a site that is back may be another node
-        raise SiteUnreachable(
-            f"site '{site}' did not answer in {self.plan.relay.attempts} tries (relay.attempts); see whether its "
-            f"service is up. In a simulation, num-supernodes must be {len(self.plan.sites)} for this plan",
-            site,
-        )
+            tried += 1
+            self.on_absent(site, tried, time.monotonic() - began)
+            time.sleep(RETRY_S)
 
-    def _greet_all(self) -> dict[str, int]:
-        """Node id by name of site; raises ProtocolError when a site speaks another protocol."""
-        nodes: dict[str, int] = {}
+    def protocol(self, site: str) -> int:
+        if site not in self.nodes:
+            self.call(site, Request("hello"))
+        return self.nodes[site].protocol
+
+    def _greet(self, wanted: str) -> dict[str, _Node]:
+        """Node by name of site, of `wanted` and of those that must be asked who they are.
+
+        Raises ProtocolError when no version of the protocol is spoken by both sides, or a node says that it is another
+        site than the one whose key it has.
+        """
+        nodes: dict[str, _Node] = {}
         for info in self.grid.get_nodes():
-            response = self._ask(info.node_id, Request("hello"))
+            known = self.identify(info)
+            if known is None or (known and known != wanted):
+                continue
+            response = self._ask(info.node_id, Request("hello"), known or f"node {info.node_id}")
             if response is None or "error" in response.fields:
                 continue
-            site, protocol = str(response.fields["site"]), response.fields["protocol"]
-            if site not in self.plan.sites or (info.name and info.name != site):
-                continue  # in a deployment the name that the operator registered must agree
-            if protocol != PROTOCOL_VERSION:
-                raise ProtocolError(f"site '{site}' speaks protocol {protocol}, the coordinator {PROTOCOL_VERSION}")
+            site = str(response.fields["site"])
+            if known and site != known:
+                raise ProtocolError(f"the node with the key of site '{known}' says that it is another site")
             if site in nodes:
                 raise SiteError(f"two nodes say that they are site '{site}'; stop one of them", site)
-            nodes[site] = info.node_id
+            if site in self.plan.sites:
+                nodes[site] = _Node(info.node_id, negotiate(int(response.fields["protocol"]), site))
         return nodes
 
-    def _ask(self, node: int, request: Request) -> Response | None:
-        """The answer of a node, or None when Flower reports an error or nothing comes."""
-        message = Message(encode_request(request), node, "query", ttl=TTL_S)
+    def _ask(self, node: int, request: Request, who: str) -> Response | None:
+        """The answer of a node, or None when Flower reports that it is away or nothing comes.
+
+        Raises SiteError when the site refuses our app bundle.
+        """
+        size = len(request.blob) + int(request.fields.get("length", 0))
+        patience_s = self.plan.relay.answer_s + size / SLOWEST_BYTES_PER_S
+        message = Message(encode_request(request), node, "query", ttl=patience_s)
         sent = list(self.grid.push_messages([message]))
-        deadline = time.monotonic() + TTL_S
+        deadline = time.monotonic() + patience_s
         while sent and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(sent):
-                return None if reply.has_error() else decode_response(reply.content, request.verb)
+                if not reply.has_error():
+                    return decode_response(reply.content, request)
+                if reply.error.code == RAISED:
+                    raise SiteError(f"site '{who}' refuses our app: {_printable(reply.error.reason or '')}", who)
+                return None
             time.sleep(POLL_S)
         return None
+
+
+def by_word(info: NodeInfo) -> str | None:
+    """A simulation's nodes are ours: each is the site that it says it is."""
+    return ""
+
+
+def by_key(registry: Registry) -> Identify:
+    """A federation's node is the site whose key Flower checked."""
+
+    def identify(info: NodeInfo) -> str | None:
+        found = registry.find(info.public_key.decode("ascii"))
+        return found.name if found is not None and not found.revoked else None
+
+    return identify
+
+
+def give_up(plan: Plan) -> OnAbsent:
+    """A simulation's sites are there or broken: raise SiteUnreachable after the tries of the plan."""
+
+    def on_absent(site: str, tried: int, seconds: float) -> None:
+        if tried >= plan.relay.attempts:
+            raise SiteUnreachable(
+                f"site '{site}' did not answer in {tried} tries (relay.attempts); see whether its service is up. "
+                f"In a simulation, num-supernodes must be {len(plan.sites)} for this plan",
+                site,
+            )
+
+    return on_absent
+
+
+def wait_for(plan: Plan, state: RunState, events: Events) -> OnAbsent:
+    """A federation waits for a site as long as the operator and the plan want it to."""
+
+    def on_absent(site: str, tried: int, seconds: float) -> None:
+        heed(state)
+        if tried == 1:
+            events.add("absent", site=site)
+        limit = plan.relay.skip_absent_s
+        if site in state.skipped_sites() or (limit is not None and seconds > limit):
+            raise SiteSkipped(site)
+
+    return on_absent
 
 
 app = ServerApp()
@@ -79,18 +174,30 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the relay of the plan named in the run's config, and leave in its folder how it ended."""
-    out = Path(str(context.run_config["out"])).resolve()
-    try:
-        plan = load_plan(Path(str(context.run_config["plan"])))
-        relay(plan, FlowerCourier(grid, plan), out)
-    except Exception as error:
-        text = str(error) if isinstance(error, InvcossError) else ""
-        site = error.site if isinstance(error, SiteError) else ""
-        _leave_outcome(out, {"error": type(error).__name__, "text": text, "site": site})
-        raise
-    _leave_outcome(out, {"error": "", "text": "", "site": ""})
+    """Run the relay that the run's config names, and leave in its folder how it ended."""
+    if run_name := str(context.run_config.get("run", "")):
+        folder = Path(os.environ[CONSORTIUM])
+        run = open_run(folder, run_name)
+        out, plan = run.folder, run.plan
+        identify = by_key(Registry(folder / "sites.db"))
+        on_absent = wait_for(plan, run.state, Events(out / EVENTS))
+    else:
+        out, plan = Path(str(context.run_config["out"])).resolve(), load_plan(Path(str(context.run_config["plan"])))
+        identify, on_absent = by_word, give_up(plan)
+    with alone(out / LOCK, f"{out}: another process runs this relay"):
+        try:
+            relay(plan, FlowerCourier(grid, plan, identify, on_absent), out)
+        except RunHalted as halt:
+            write_outcome(out, Outcome(type(halt).__name__, str(halt)))
+        except Exception as error:
+            text = str(error) if isinstance(error, InvcossError) else ""
+            site = error.site if isinstance(error, SiteError) else ""
+            write_outcome(out, Outcome(type(error).__name__, text, site))
+            raise
+        else:
+            write_outcome(out, Outcome())
 
 
-def _leave_outcome(out: Path, outcome: dict[str, str]) -> None:
-    write_atomic(out / OUTCOME, json.dumps(outcome).encode())
+def _printable(text: str, most: int = 300) -> str:
+    found = re.search(r"<'(.*)'>", text, re.DOTALL)
+    return "".join(c for c in (found[1] if found else text)[:most] if c.isprintable())

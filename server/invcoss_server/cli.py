@@ -12,9 +12,11 @@ from rich.console import Console
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import Plan, load_plan
-from invcoss_common.errors import InvcossError, PlanError
+from invcoss_common.errors import CredentialError, InvcossError, PlanError
+from invcoss_server.cli_runs import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(commands)
 
 ConsortiumFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the consortium's folder")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="the plan, a TOML file such as plans/demo.toml")]
@@ -38,7 +40,7 @@ def simulate(
     else:
         with ProgressView(loaded) as view:
             run_simulation(plan, data, folder, view.show)
-    _show_result(loaded, folder, as_json)
+    show_result(loaded, folder, as_json)
 
 
 @app.command()
@@ -52,7 +54,7 @@ def report(plan: PlanFile, out: Annotated[Path | None, typer.Option(help="run fo
     if not (folder / "state.db").exists():
         raise PlanError(f"{folder}: no run here; name its folder with --out")
     write_report(loaded, RunState(folder / "state.db", loaded), ArtefactStore(folder / "artefacts"), folder)
-    _show_result(loaded, folder, as_json=False)
+    show_result(loaded, folder, as_json=False)
 
 
 @app.command()
@@ -82,7 +84,7 @@ def check_model(
     from invcoss_server.relay import families
 
     loaded = load_plan(plan)
-    schema = model_schema(loaded.model_shape, families(loaded, len(loaded.stages) - 1))
+    schema = model_schema(loaded.model_shape, families(loaded, range(len(loaded.stages))))
     check_file(model, schema)
     print(f"{model}: {len(schema)} tensors, as the plan has them")
 
@@ -118,26 +120,31 @@ def renew_certificate(folder: ConsortiumFolder) -> None:
 @app.command()
 def enrol_site(
     folder: ConsortiumFolder,
-    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="the site's enrolment-request.json")],
-    out: Annotated[Path | None, typer.Option(help="join file to write; default join-<site>.json")] = None,
+    requests: Annotated[list[Path], typer.Argument(metavar="REQUEST", help="a site's enrolment-request.json")],
+    out: Annotated[
+        Path | None, typer.Option(help="join file to write, for one request; default join-<site>.json")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="the site has new keys; revoke its old ones")] = False,
     fingerprint: Annotated[
         str | None, typer.Option(help="of the site's signing key, as the site read it out; refused if it differs")
     ] = None,
 ) -> None:
-    """Enrol a site by its request and write the join file for it; no other site is touched."""
+    """Enrol sites by their requests and write a join file for each; no other site is touched."""
     from invcoss_common.enrolment import read_enrolment_file, write_enrolment_file
     from invcoss_common.keys import fingerprint as grouped
     from invcoss_server.provision import enrol_site
 
-    joined = enrol_site(folder, read_enrolment_file(request), replace, fingerprint)
-    path = out or Path(f"join-{joined.site}.json")
-    write_enrolment_file(joined, path)
-    print(f"site {joined.site} is enrolled; send it {path}")
-    print("compare these by phone; if one differs, revoke the site at once:")
-    print(f"  site's signing key: {grouped(joined.signing_key_sha256)}")
-    print(f"  site's node key:    {grouped(joined.node_key_sha256)}")
-    print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
+    if len(requests) > 1 and (out or fingerprint):
+        raise CredentialError("--out and --fingerprint are for one request; enrol the sites one by one")
+    for request in requests:
+        joined = enrol_site(folder, read_enrolment_file(request), replace, fingerprint)
+        path = out or Path(f"join-{joined.site}.json")
+        write_enrolment_file(joined, path)
+        print(f"site {joined.site} is enrolled; send it {path}")
+        print("compare these by phone; if one differs, revoke the site at once:")
+        print(f"  site's signing key: {grouped(joined.signing_key_sha256)}")
+        print(f"  site's node key:    {grouped(joined.node_key_sha256)}")
+        print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
 
 
 @app.command()
@@ -175,7 +182,8 @@ def sites(
     Console().print(table)
 
 
-def _show_result(plan: Plan, folder: Path, as_json: bool) -> None:
+def show_result(plan: Plan, folder: Path, as_json: bool) -> None:
+    """Print the forgetting matrix of a run and where its report and model are."""
     from invcoss_server.report import forgetting_table
     from invcoss_server.state import RunState
 

@@ -12,30 +12,61 @@ from typing import Protocol
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import RelayConfig
-from invcoss_common.errors import ProtocolError, SiteError, SiteUnreachable
+from invcoss_common.encoding import FOR_IMAGES, FOR_WEIGHTS, decode, encode
+from invcoss_common.errors import ProtocolError, SiteError, SiteUnreachable, TransferClosed
 from invcoss_common.records import Artefact, HandOff, Report, Request, Response, Status, from_bytes, to_bytes
+
+Fields = dict[str, str | int]
+
+LONGEST_PAUSE_S = 30.0  # between two tries while a site lets nothing cross, or two looks at a long visit
+LOOKS = 50  # a visit is looked at so many times in its first part, and more rarely the longer it takes
+SMALL_BYTES = 1 << 20  # what is not larger is sent without asking first whether the site has it
 
 
 class Courier(Protocol):
     """Carries messages to sites by name."""
 
     def call(self, site: str, request: Request) -> Response:
-        """The answer of `site`; raises SiteError on an error answer, SiteUnreachable after the tries of the plan."""
+        """The answer of `site` to a request, sent in the version that the site speaks.
+
+        Raises SiteError on an error answer, SiteUnreachable after the tries of the plan.
+        """
+
+    def protocol(self, site: str) -> int:
+        """The version of the protocol that is spoken with `site` (`negotiate`); raises SiteUnreachable."""
 
 
-def deliver(courier: Courier, site: str, handoff: HandOff, store: ArtefactStore, part_bytes: int) -> int:
+def deliver(
+    courier: Courier,
+    site: str,
+    handoff: HandOff,
+    store: ArtefactStore,
+    config: RelayConfig,
+    on_closed: Callable[[], None] = lambda: None,
+) -> int:
     """Bring a hand-off and its artefacts to `site` and start the hop there; the bytes sent in this call.
 
-    A hop that runs or is done stays so; one that failed is started again. Raises SiteError.
+    A hop that runs or is done stays so; one that failed is started again. While the site lets nothing cross it is
+    asked again and again; `on_closed` is called the first time. Raises SiteError.
     """
-    sent = 0
+    door, sent = _Door(courier, site, config, on_closed), 0
     for artefact in handoff.artefacts:
-        held = _number(site, courier.call(site, Request("have", _name(artefact))), artefact)
+        encoding = FOR_WEIGHTS if artefact == handoff.model else FOR_IMAGES
+        held = _held(door, artefact) if artefact.size_bytes > SMALL_BYTES else 0
         while held < artefact.size_bytes:
-            part = store.read(artefact, held, part_bytes)
-            request = Request("put", {**_name(artefact), "offset": held}, part)
-            held = _number(site, courier.call(site, request), artefact)
+            part = store.read(artefact, held, config.part_mib << 20)
+            fields: Fields = {**_name(artefact), "offset": held}
+            if courier.protocol(site) >= 2:
+                fields["encoding"], part = encode(part, encoding if config.compress else "")
             sent += len(part)
+            try:
+                answer = courier.call(site, Request("put", fields, part))
+                held = _checked_held(answer, site, artefact)
+                closed = held < artefact.size_bytes and bool(answer.fields.get("closed"))
+            except TransferClosed:  # this part crossed in vain
+                closed = True
+            if closed:
+                held = _held(door, artefact)
     _start(courier, site, handoff)
     return sent + len(to_bytes(handoff))
 
@@ -45,16 +76,18 @@ def wait(
 ) -> Report:
     """Ask for the status of a delivered hop until it is done; its report, checked to answer `handoff`.
 
-    A worker that was killed is started again, and a site that is away may come back: both until nothing new was heard
-    for `stall_timeout_s`. Raises SiteError with the site's error class when the hop failed.
+    A worker that was killed is started again. Raises SiteError with the site's error class when the hop failed,
+    SiteUnreachable when nothing new was heard for `stall_timeout_s`; time in which the site was away does not count
+    where the courier waits for it.
     """
-    last, heard, restarts = Status(state="unknown"), time.monotonic(), 0
+    last, silent_s, restarts, began = Status(state="unknown"), 0.0, 0, time.monotonic()
     while True:
+        asked = time.monotonic()
         try:
             answer = courier.call(site, Request("status", {"hop": handoff.hop}))
             status = from_bytes(Status, str(answer.fields["status"]).encode())
             if status != last:
-                last, heard = status, time.monotonic()
+                last, silent_s = status, 0.0
                 on_status(status)
             if status.state == "done":
                 return _accept(from_bytes(Report, str(answer.fields["report"]).encode()), site, handoff)
@@ -65,30 +98,48 @@ def wait(
                 _start(courier, site, handoff)
         except SiteUnreachable:
             pass
-        if time.monotonic() - heard > config.stall_timeout_s:
-            raise SiteError(
+        if silent_s > config.stall_timeout_s:
+            raise SiteUnreachable(
                 f"site '{site}' showed no progress on {handoff.hop} for {config.stall_timeout_s:g} s "
                 "(relay.stall_timeout_s); see whether it is up, then start the run again",
                 site,
             )
-        time.sleep(config.poll_s)
+        pause = min(max(config.poll_s, (time.monotonic() - began) / LOOKS), max(config.poll_s, LONGEST_PAUSE_S))
+        time.sleep(pause)
+        silent_s += min(time.monotonic() - asked, pause + LONGEST_PAUSE_S)
 
 
-def fetch(courier: Courier, site: str, artefact: Artefact, store: ArtefactStore, part_bytes: int) -> int:
+def fetch(
+    courier: Courier,
+    site: str,
+    artefact: Artefact,
+    store: ArtefactStore,
+    config: RelayConfig,
+    on_closed: Callable[[], None] = lambda: None,
+) -> int:
     """Bring an artefact that a report of `site` names into `store`; the bytes received in this call.
 
-    Raises SiteError.
+    Waits while the site lets nothing cross, as `deliver` does. Raises SiteError, and ProtocolError on a part that is
+    not what was asked for.
     """
-    before = held = store.received_bytes(artefact)
+    door, received = _Door(courier, site, config, on_closed), 0
+    held = store.received_bytes(artefact)
     while held < artefact.size_bytes:
-        request = Request("get", {**_name(artefact), "offset": held, "length": part_bytes})
-        held = store.append(artefact, held, courier.call(site, request).blob)
-    return held - before
+        length = min(config.part_mib << 20, artefact.size_bytes - held)
+        fields: Fields = {**_name(artefact), "offset": held, "length": length}
+        if courier.protocol(site) >= 2:
+            fields["encoding"] = FOR_WEIGHTS if config.compress else ""
+        answer = door.pass_through(Request("get", fields))
+        received += len(answer.blob)
+        held = store.append(artefact, held, decode(answer.blob, str(answer.fields.get("encoding", "")), length))
+    return received
 
 
-def purge(courier: Courier, site: str, keep: set[str]) -> None:
-    """Have `site` remove every artefact in its spool whose digest is not in `keep`."""
-    courier.call(site, Request("purge", {"keep": ",".join(sorted(keep))}))
+def abort(courier: Courier, site: str, hop: str) -> str | None:
+    """Have `site` stop working on a hop; the hop's state there, None if the site is too old to be told so."""
+    if courier.protocol(site) < 2:
+        return None
+    return str(courier.call(site, Request("abort", {"hop": hop})).fields["state"])
 
 
 def checked(site: str, response: Response) -> Response:
@@ -100,29 +151,59 @@ def checked(site: str, response: Response) -> Response:
 
 def site_error(site: str, error: str) -> SiteError:
     name = error if error.isascii() and error.isalpha() and len(error) <= 48 else "Error"
+    if name == TransferClosed.__name__:
+        return TransferClosed(f"site '{site}' lets no artefact cross now ([transfer] in its site.toml)", site)
     text = f"site '{site}' failed with {name}; the site's own log (log/visit.log, log/desk.log) says why"
     return SiteError(text, site)
 
 
+class _Door:
+    """Asks a site that lets nothing cross again until it does; there is no limit, its hours may begin tomorrow."""
+
+    def __init__(self, courier: Courier, site: str, config: RelayConfig, on_closed: Callable[[], None]) -> None:
+        self.courier = courier
+        self.site = site
+        self.config = config
+        self.on_closed = on_closed
+        self.told = False
+
+    def pass_through(self, request: Request) -> Response:
+        pause = self.config.poll_s
+        while True:
+            try:
+                return self.courier.call(self.site, request)
+            except TransferClosed:
+                if not self.told:
+                    self.told = True
+                    self.on_closed()
+            time.sleep(pause)
+            pause = min(2 * pause, max(self.config.poll_s, LONGEST_PAUSE_S))
+
+
 def _start(courier: Courier, site: str, handoff: HandOff) -> None:
     # Any number that was not used before marks a deliberate new attempt; a message sent twice carries the same.
-    fields: dict[str, str | int] = {"handoff": to_bytes(handoff).decode(), "attempt": time.time_ns()}
+    fields: Fields = {"handoff": to_bytes(handoff).decode(), "attempt": time.time_ns()}
     courier.call(site, Request("start", fields))
 
 
 def _accept(report: Report, site: str, handoff: HandOff) -> Report:
-    asked = (handoff.run, handoff.hop, site, handoff.plan_digest)
-    if (report.run, report.hop, report.sender, report.plan_digest) != asked:
+    asked = (handoff.protocol, handoff.run, handoff.hop, site, handoff.plan_digest)
+    if (report.protocol, report.run, report.hop, report.sender, report.plan_digest) != asked:
         raise ProtocolError(f"the report of site '{site}' does not answer hand-off {handoff.hop}")
     return report
 
 
-def _name(artefact: Artefact) -> dict[str, str | int]:
+def _name(artefact: Artefact) -> Fields:
     return {"sha256": artefact.sha256, "size": artefact.size_bytes}
 
 
-def _number(site: str, response: Response, artefact: Artefact) -> int:
-    held = int(response.fields["received"])
+def _held(door: _Door, artefact: Artefact) -> int:
+    """How much of an artefact the site holds; answered once it lets the rest cross, so that no part goes in vain."""
+    return _checked_held(door.pass_through(Request("have", _name(artefact))), door.site, artefact)
+
+
+def _checked_held(answer: Response, site: str, artefact: Artefact) -> int:
+    held = int(answer.fields["received"])
     if not 0 <= held <= artefact.size_bytes:
         raise ProtocolError(f"site '{site}' says it holds {held} of {artefact.size_bytes} bytes")
     return held

@@ -72,6 +72,10 @@ class ProgressView:
                 self._say(
                     f"  {event['hop']}: held-out loss {event['loss']:.3f} at {event['site']} ({mib:.1f} MiB sent)"
                 )
+            case "closed":
+                self._say(f"  {event['hop']}: {event['site']} lets no artefact cross now; waiting until it does")
+            case "fallback":
+                self._say(f"  {event['hop']}: {event['site']} is of protocol {event['protocol']}: plain float32")
             case "released":
                 losses = zip(self.plan.stages, event["losses"], strict=False)
                 self._say("  released; losses " + ", ".join(f"{s.modality} {v:.3f}" for s, v in losses))

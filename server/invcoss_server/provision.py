@@ -45,6 +45,7 @@ from invcoss_server.registry import Registry, SiteKeys
 
 CA_VALIDITY = timedelta(days=3653)  # ten years: when it ends, every site needs a new join file
 SERVER_VALIDITY = timedelta(days=397)  # thirteen months: renewed once a year, and no site notices
+LOOPBACK = "127.0.0.1"
 BACKDATE = timedelta(hours=1)  # a site's clock may be a little behind
 
 
@@ -121,6 +122,14 @@ def coordinator_digest(folder: Path) -> str:
     return key_digest(load_signing_key(folder / "pki" / "coordinator.pem").public_key())
 
 
+def load_certificate(path: Path) -> x509.Certificate:
+    """Read a certificate (PEM); raises CredentialError that names the file."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError):
+        raise CredentialError(f"{path}: can't read this certificate; restore it from the backup") from None
+
+
 def renew_server_certificate(folder: Path, now: datetime | None = None) -> datetime:
     """Replace the server certificate by one of the same authority, so that no site is touched; returns its end.
 
@@ -129,7 +138,7 @@ def renew_server_certificate(folder: Path, now: datetime | None = None) -> datet
     """
     consortium, pki = load_consortium(folder), folder / "pki"
     now = now or datetime.now(UTC)
-    ca = _load_certificate(pki / "ca.crt")
+    ca = load_certificate(pki / "ca.crt")
     if now >= ca.not_valid_after_utc:
         raise CredentialError(
             f"the authority of this consortium ended on {ca.not_valid_after_utc:%Y-%m-%d}; "
@@ -157,7 +166,7 @@ def enrol_site(folder: Path, request: bytes, replace: bool = False, heard: str |
     opened = open_signed(EnrolmentRequest, request)
     if heard is not None:
         check_fingerprint(heard, opened.signing_key_sha256, f"site '{opened.site}'")
-    key, ca = load_signing_key(pki / "coordinator.pem"), _load_certificate(pki / "ca.crt")
+    key, ca = load_signing_key(pki / "coordinator.pem"), load_certificate(pki / "ca.crt")
     pem = ca.public_bytes(Encoding.PEM).decode()
     Registry(folder / "sites.db").enrol(opened, replace)
     return sign_join_file(opened, consortium.name, consortium.address, pem, key)
@@ -211,12 +220,13 @@ def _server_certificate(
 ) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"InvCoSS {consortium.name}")])
     end = min(now + SERVER_VALIDITY, ca.not_valid_after_utc)
+    hosts = dict.fromkeys((*consortium.hosts, LOOPBACK))  # the gate speaks TLS with the SuperLink behind it too
     return (
         _builder(name, ca.subject, key, now, end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_general_name(h) for h in consortium.hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(h) for h in hosts]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, SHA384())
     )
@@ -260,10 +270,3 @@ def _general_name(host: str) -> x509.GeneralName:
 
 def _save_certificate(certificate: x509.Certificate, path: Path) -> None:
     write_atomic(path, certificate.public_bytes(Encoding.PEM), mode=0o644)
-
-
-def _load_certificate(path: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
-        raise CredentialError(f"{path}: can't read this certificate; restore it from the backup") from None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from invcoss_common import __version__
 from invcoss_common.artefacts import ArtefactStore
-from invcoss_common.config import Plan
+from invcoss_common.config import Plan, WireDtype
 from invcoss_common.errors import InvcossError, SiteError
 from invcoss_common.modality import Geometry
 from invcoss_common.model import build_model, extend_model
@@ -23,9 +24,10 @@ from invcoss_common.records import Artefact, HandOff, Pool, Report, Status, Task
 from invcoss_common.seeds import derive_seed
 from invcoss_common.weights import model_from_bytes, model_to_bytes
 from invcoss_server.accept import check_model, check_report, check_statistics
-from invcoss_server.courier import Courier, deliver, fetch, purge, wait
+from invcoss_server.courier import Courier, abort, deliver, fetch, wait
 from invcoss_server.events import Events
 from invcoss_server.inversion import InversionProgress
+from invcoss_server.orders import HeedingCourier, RunHalted, SiteSkipped, heed
 from invcoss_server.report import write_report
 from invcoss_server.state import Hop, RunState
 from invcoss_server.synthesis import Job, Synthesise, synthesise_in_child
@@ -36,7 +38,7 @@ class Run:
     """What every step of a relay works with."""
 
     plan: Plan
-    courier: Courier
+    courier: HeedingCourier
     state: RunState
     store: ArtefactStore
     events: Events
@@ -45,31 +47,39 @@ class Run:
 
 
 def relay(plan: Plan, courier: Courier, out: Path, synthesise: Synthesise = synthesise_in_child) -> None:
-    """Run `plan` to its end in the folder `out`, or go on with it there; raises InvcossError when a stage fails."""
+    """Run `plan` to its end in the folder `out`, or go on with it there.
+
+    Raises InvcossError when a stage fails, RunHalted when the operator asked to pause or stop.
+    """
+    state = RunState(out / "state.db", plan)
     run = Run(
         plan,
-        courier,
-        RunState(out / "state.db", plan),
+        HeedingCourier(courier, state),
+        state,
         ArtefactStore(out / "artefacts"),
         Events(out / "events.jsonl"),
         out,
         synthesise,
     )
     for number, stage in enumerate(plan.stages):
-        if run.state.stage(number).state == "released":
+        if run.state.stage(number).state in ("released", "skipped"):
             continue
         run.events.add("stage", stage=number, stages=len(plan.stages), site=stage.site, modality=stage.modality)
         try:
             visit_site(run, number)
             invert_stage(run, number)
             evaluate_stage(run, number)
+        except SiteSkipped:
+            run.state.move(number, "skipped")
+            run.events.add("skipped", stage=number, site=stage.site)
+            continue
         except InvcossError as error:
             run.state.move(number, "failed", error=type(error).__name__)
             raise
         run.state.move(number, "released")
         publish(run, number)
         losses = {of: loss for (after, of), loss in run.state.losses().items() if after == number}
-        run.events.add("released", stage=number, losses=[losses[of] for of in range(number + 1)])
+        run.events.add("released", stage=number, losses=[losses.get(of) for of in range(number + 1)])
 
 
 def visit_site(run: Run, number: int) -> None:
@@ -78,11 +88,11 @@ def visit_site(run: Run, number: int) -> None:
         return
     run.state.move(number, "visiting")
     model, pools = starting_model(run, number), earlier_pools(run, number)
-    handoff = hand_off(run, f"s{number:02d}-train", task_for(run.plan, number, "train"), model, pools)
+    handoff = hand_off(run, f"s{number:02d}-train", task_for(run, number, "train"), model, pools)
     report = do_hop(run, handoff, number, number)
     assert report.model and report.statistics
-    run.state.move(number, "received", model=report.model, statistics=report.statistics)
-    clear(run, handoff.receiver)
+    model = recast(run, report.model, handoff.task, handoff.wire_dtype, "float32")
+    run.state.move(number, "received", model=model, statistics=report.statistics)
 
 
 def invert_stage(run: Run, number: int) -> None:
@@ -96,7 +106,7 @@ def invert_stage(run: Run, number: int) -> None:
         model=run.store.path(stage.model).resolve(),
         statistics=run.store.path(stage.statistics).resolve(),
         shape=plan.model_shape,
-        families=families(plan, number),
+        families=families(plan, learned(run, number)),
         geometry=plan.geometry(number),
         inversion=plan.inversion,
         mask_ratio=plan.train.mask_ratio,
@@ -105,6 +115,7 @@ def invert_stage(run: Run, number: int) -> None:
     )
 
     def tell(progress: InversionProgress) -> None:
+        heed(run.state)
         run.events.add("inversion", stage=number, **asdict(progress))
 
     folder, began = run.out / "inversion" / f"stage-{number:02d}", time.monotonic()
@@ -117,31 +128,38 @@ def evaluate_stage(run: Run, number: int) -> None:
     """inverting -> released: every earlier site evaluates the new model on its own held-out images."""
     model = run.state.stage(number).model
     assert model is not None
-    for of in range(number):
+    for of in learned(run, number - 1):
         hop = f"s{number:02d}-eval-{of:02d}"
         if run.state.hop(hop) is None:
-            task = task_for(run.plan, of, "evaluate", upto=number)
-            handoff = hand_off(run, hop, task, model, ())
-            do_hop(run, handoff, number, of)
-            clear(run, handoff.receiver)
+            task = task_for(run, of, "evaluate", upto=number)
+            with suppress(SiteSkipped):
+                handoff = hand_off(run, hop, task, model, ())
+                do_hop(run, handoff, number, of)
 
 
 def do_hop(run: Run, handoff: HandOff, number: int, of: int) -> Report:
     """Deliver a hand-off, wait until its work is done, fetch and accept what it made; all of it may be repeated."""
-    site, part_bytes = handoff.receiver, run.plan.relay.part_mib << 20
+    site, config = handoff.receiver, run.plan.relay
 
     def tell(status: Status) -> None:
         run.events.add("status", hop=handoff.hop, site=site, **status.model_dump())
 
+    def closed() -> None:
+        run.events.add("closed", hop=handoff.hop, site=site)
+
     began = time.monotonic()
-    sent = deliver(run.courier, site, handoff, run.store, part_bytes)
+    sent = deliver(run.courier, site, handoff, run.store, config, closed)
     delivered = time.monotonic()
-    report = wait(run.courier, site, handoff, run.plan.relay, tell)
+    try:
+        report = wait(run.courier, site, handoff, config, tell)
+    except (RunHalted, SiteSkipped):
+        call_off(run, handoff)
+        raise
     check_report(report, handoff)
     worked = time.monotonic()
-    received = sum(fetch(run.courier, site, artefact, run.store, part_bytes) for artefact in report.artefacts)
+    received = sum(fetch(run.courier, site, artefact, run.store, config, closed) for artefact in report.artefacts)
     if report.model and report.statistics:
-        check_model(run.store.path(report.model), handoff.task)
+        check_model(run.store.path(report.model), handoff)
         check_statistics(run.store.path(report.statistics), report, handoff.task)
     fetched = time.monotonic()
     seconds = (delivered - began, worked - delivered, fetched - worked)
@@ -151,20 +169,45 @@ def do_hop(run: Run, handoff: HandOff, number: int, of: int) -> Report:
 
 
 def hand_off(run: Run, hop: str, task: Task, model: Artefact, pools: tuple[Pool, ...]) -> HandOff:
-    return HandOff(
+    """The hand-off of a task in the version that its site speaks; an old site gets neither bfloat16 nor compression.
+
+    Once made it stays the same, also when either side's software is upgraded during a visit.
+    """
+    known = run.state.hand_off(hop)
+    if known is not None:
+        return known
+    site, config = run.plan.stages[task.stage].site, run.plan.relay
+    protocol = run.courier.protocol(site)
+    wire_dtype = config.wire_dtype if protocol >= 2 else "float32"
+    if protocol < 2 and (config.compress or config.wire_dtype != wire_dtype):
+        run.events.add("fallback", hop=hop, site=site, protocol=protocol)
+    made = HandOff(
+        protocol=protocol,
         run=run.plan.name,
         hop=hop,
-        receiver=run.plan.stages[task.stage].site,
+        receiver=site,
         plan_digest=run.plan.digest(),
         code_version=__version__,
         task=task,
-        model=model,
+        model=recast(run, model, task, "float32", wire_dtype),
         pools=pools,
+        wire_dtype=wire_dtype,
     )
+    run.state.keep_hand_off(made)
+    return made
 
 
-def task_for(plan: Plan, number: int, kind: str, upto: int | None = None) -> Task:
+def recast(run: Run, model: Artefact, task: Task, old: WireDtype, new: WireDtype) -> Artefact:
+    """The task's model in another type of number: a run keeps models as float32, whatever they travel as."""
+    if old == new:
+        return model
+    weights = model_from_bytes(run.store.path(model).read_bytes(), task.model, task.families, old)
+    return run.store.put(model_to_bytes(weights, new))
+
+
+def task_for(run: Run, number: int, kind: str, upto: int | None = None) -> Task:
     """The work of stage `number`; `upto` is the stage whose model it is done with, if a later one."""
+    plan = run.plan
     return Task.model_validate(
         {
             "kind": kind,
@@ -174,7 +217,7 @@ def task_for(plan: Plan, number: int, kind: str, upto: int | None = None) -> Tas
             "geometry": plan.geometry(number),
             "spacing_mm": plan.stages[number].spacing_mm,
             "model": plan.model_shape,
-            "families": families(plan, number if upto is None else upto),
+            "families": families(plan, learned(run, number if upto is None else upto)),
             "train": plan.train_for(number),
             "replay": plan.replay,
             "evaluate": plan.evaluate,
@@ -184,10 +227,15 @@ def task_for(plan: Plan, number: int, kind: str, upto: int | None = None) -> Tas
     )
 
 
-def families(plan: Plan, number: int) -> tuple[Geometry, ...]:
-    """One geometry for each family that the model of stage `number` has, in order of appearance."""
+def learned(run: Run, number: int) -> list[int]:
+    """The stages up to `number` that the operator did not leave out."""
+    return [of for of in range(number + 1) if run.state.stage(of).state != "skipped"]
+
+
+def families(plan: Plan, stages: Iterable[int]) -> tuple[Geometry, ...]:
+    """One geometry for each family that a model which learned `stages` has, in order of appearance."""
     found: dict[str, Geometry] = {}
-    for geometry in map(plan.geometry, range(number + 1)):
+    for geometry in map(plan.geometry, stages):
         found.setdefault(geometry.family, geometry)
     return tuple(found.values())
 
@@ -195,20 +243,21 @@ def families(plan: Plan, number: int) -> tuple[Geometry, ...]:
 def starting_model(run: Run, number: int) -> Artefact:
     """The model that stage `number` starts from: fresh, or the previous stage's, with the new stage's family."""
     plan, seed = run.plan, derive_seed(run.plan.seed, "model")
-    if number == 0:
-        return run.store.put(model_to_bytes(build_model(plan.model_shape, families(plan, 0), seed)))
-    before = run.state.stage(number - 1).model
+    earlier, now = learned(run, number - 1), families(run.plan, learned(run, number))
+    if not earlier:
+        return run.store.put(model_to_bytes(build_model(plan.model_shape, now, seed)))
+    before, known = run.state.stage(earlier[-1]).model, families(plan, earlier)
     assert before is not None
-    if families(plan, number) == families(plan, number - 1):
+    if now == known:
         return before
-    model = model_from_bytes(run.store.path(before).read_bytes(), plan.model_shape, families(plan, number - 1))
+    model = model_from_bytes(run.store.path(before).read_bytes(), plan.model_shape, known)
     extend_model(model, plan.geometry(number), seed)
     return run.store.put(model_to_bytes(model))
 
 
 def earlier_pools(run: Run, number: int) -> tuple[Pool, ...]:
     pools = []
-    for of in range(number):
+    for of in learned(run, number - 1):
         artefact = run.state.stage(of).pool
         assert artefact is not None
         modality, geometry = run.plan.stages[of].modality, run.plan.geometry(of)
@@ -216,10 +265,11 @@ def earlier_pools(run: Run, number: int) -> tuple[Pool, ...]:
     return tuple(pools)
 
 
-def clear(run: Run, site: str) -> None:
-    """Have a site drop the artefacts of a hop that is done; if it is away they stay until the next time."""
-    with suppress(SiteError):
-        purge(run.courier, site, keep=set())
+def call_off(run: Run, handoff: HandOff) -> None:
+    """Have a site end the work on a hop that is not wanted any more; a run that is only paused lets it go on."""
+    if run.state.wanted() != "paused":
+        with suppress(SiteError):
+            abort(run.courier.courier, handoff.receiver, handoff.hop)
 
 
 def publish(run: Run, number: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -11,18 +9,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from invcoss_common import errors
 from invcoss_common.config import Plan, load_plan
-from invcoss_common.errors import DataError, InvcossError, PlanError, SiteError
+from invcoss_common.errors import DataError, InvcossError, PlanError
+from invcoss_common.supervise import alone
+from invcoss_server.events import Tail
 from invcoss_server.flower_run import MARK, FlowerRun, end_marked
+from invcoss_server.runs import EVENTS, OUTCOME, raise_outcome, read_outcome
 
-OUTCOME = "outcome.json"  # in a run's folder: how the last attempt ended, left there by the ServerApp
-EVENTS = "events.jsonl"
 LOG = "flower.log"
 
 LOOK_S = 0.2  # pause between two looks at the events
@@ -44,7 +42,12 @@ def simulate(plan_path: Path, data: Path | None, out: Path, on_event: OnEvent) -
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     config = {"plan": str(plan_path.resolve()), "data": str(data.resolve()) if data else "", "out": str(out)}
-    with _alone_in(out), _signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="invcoss-") as scratch:
+    complaint = f"{out}: another simulation is running here; wait for it, or choose another --out"
+    with (
+        alone(out / "simulate.lock", complaint),
+        _signals_as_exceptions(),
+        tempfile.TemporaryDirectory(prefix="invcoss-") as scratch,
+    ):
         end_marked(str(out))  # what a killed simulation left
         (out / OUTCOME).unlink(missing_ok=True)
         (out / LOG).unlink(missing_ok=True)
@@ -91,7 +94,7 @@ def _make_sites(plan: Plan, config: dict[str, str], on_event: OnEvent) -> None:
 
 def _follow(run: FlowerRun, out: Path, on_event: OnEvent) -> None:
     """Pass on events until the relay has left its outcome and Flower has ended the run, or Flower alone has."""
-    events, next_question = _Tail(out / EVENTS), time.monotonic() + ASK_FLOWER_S
+    events, next_question = Tail(out / EVENTS), time.monotonic() + ASK_FLOWER_S
     while not (out / OUTCOME).exists():
         for event in events.new():
             on_event(event)
@@ -107,62 +110,24 @@ def _follow(run: FlowerRun, out: Path, on_event: OnEvent) -> None:
         time.sleep(1.0)
 
 
-class _Tail:
-    """The events that are added to a file from now on, each once its line is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.position = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.position)
-            complete = file.read().rpartition(b"\n")[0]
-        self.position += len(complete) + 1 if complete else 0
-        events = []
-        for line in complete.splitlines():
-            with suppress(json.JSONDecodeError):  # half a line of a relay that was killed
-                events.append(json.loads(line))
-        return events
-
-
 def _raise_failure(out: Path) -> None:
     """Raise what the relay raised, if it did; the log that explains it goes to stderr first."""
-    if not (out / OUTCOME).exists():
+    outcome = read_outcome(out)
+    if outcome is None:
         _print_tail(out / LOG)
         raise InvcossError(f"the coordinator ended without a word; see {out / LOG}")
-    outcome = json.loads((out / OUTCOME).read_text(encoding="utf-8"))
-    if not outcome["error"]:
-        return
-    if outcome["site"]:
-        logs = (out / "sites" / outcome["site"] / "log").glob("*.log")
+    if outcome.site:
+        logs = (out / "sites" / outcome.site / "log").glob("*.log")
         _print_tail(max(logs, key=lambda log: log.stat().st_mtime, default=out / LOG))
-        raise SiteError(outcome["text"], outcome["site"])
-    kind = getattr(errors, outcome["error"], None)
-    if kind is None:
+    elif outcome.error and not outcome.text:
         _print_tail(out / LOG)
-        raise InvcossError(f"the coordinator failed with {outcome['error']}; see {out / LOG}")
-    raise kind(outcome["text"])
+    raise_outcome(outcome, out / LOG)
 
 
 def _print_tail(log: Path) -> None:
     if log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         print(f"--- end of {log}", *lines, "---", sep="\n", file=sys.stderr)
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    with (out / "simulate.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvcossError(
-                f"{out}: another simulation is running here; wait for it, or choose another --out"
-            ) from None
-        yield
 
 
 @contextmanager

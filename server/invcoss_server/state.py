@@ -1,11 +1,13 @@
 """Where a run stands, in one SQLite file: every step is written before it is acted on, so that a killed run goes on.
 
 A stage goes waiting -> visiting -> received -> inverting -> released; `failed` names a stage whose last attempt broke
-off, and starting the run again goes on with it. Artefacts are named here and lie in the artefact store.
+off, and starting the run again goes on with it; `skipped` one that the operator left out. Artefacts are named here and
+lie in the artefact store. What the operator wants of the run stands here too.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -14,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from invcoss_common.config import Plan
+from invcoss_common.config import Plan, parse_plan
 from invcoss_common.errors import PlanError
-from invcoss_common.records import Artefact, Report, from_bytes, to_bytes
+from invcoss_common.records import Artefact, HandOff, Report, from_bytes, to_bytes
 
-StageState = Literal["waiting", "visiting", "received", "inverting", "released", "failed"]
+StageState = Literal["waiting", "visiting", "received", "inverting", "released", "failed", "skipped"]
+Wanted = Literal["running", "paused", "stopped"]
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS run (plan_digest TEXT NOT NULL, plan TEXT NOT NULL, created REAL NOT NULL);
@@ -31,6 +34,9 @@ CREATE TABLE IF NOT EXISTS hop (
     sent_bytes INTEGER NOT NULL, received_bytes INTEGER NOT NULL,
     deliver_s REAL NOT NULL, work_s REAL NOT NULL, fetch_s REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS hand_off (hop TEXT PRIMARY KEY, content TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS wanted (one INTEGER PRIMARY KEY CHECK (one = 1), wanted TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS skipped (site TEXT PRIMARY KEY);
 """
 
 
@@ -78,6 +84,53 @@ class RunState:
             elif known[0] != plan.digest():
                 raise PlanError(f"{path.parent} holds a run of another plan; choose another --out, or remove it")
 
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunState, Plan]:
+        """The state in `path` and the plan that it is of; raises PlanError if there is none."""
+        if not path.is_file():
+            raise PlanError(f"{path.parent}: there is no run here")
+        with closing(sqlite3.connect(path, timeout=30)) as db:
+            row = db.execute("SELECT plan FROM run").fetchone()
+        plan = parse_plan(json.loads(row[0]), str(path))
+        return cls(path, plan), plan
+
+    def extend(self, old: Plan, new: Plan) -> None:
+        """Make `new`, which has further stages at its end, the plan of this run of `old`, when all of `old` is done.
+
+        Raises PlanError when it is not done, or `new` differs in anything else.
+        """
+        known = len(old.stages)
+        undone = [n + 1 for n in range(known) if self.stage(n).state not in ("released", "skipped")]
+        if undone:
+            raise PlanError(f"stage {undone[0]} of run '{old.name}' is not done; stages are added to a finished run")
+        if len(new.stages) <= known or new.stages[:known] != old.stages:
+            raise PlanError(f"the plan must begin with the {known} stages that are done, and add some")
+        same = {"stages": old.stages, "modalities": old.modalities, "simulation": old.simulation}
+        if new.model_copy(update=same) != old or not old.modalities.items() <= new.modalities.items():
+            raise PlanError("besides further stages and modalities the plan must be the one of the run")
+        with self._transaction() as db:
+            db.execute("UPDATE run SET plan_digest = ?, plan = ?", (new.digest(), new.model_dump_json()))
+
+    def wanted(self) -> Wanted:
+        """What the operator wants of the run."""
+        with self._transaction() as db:
+            row = db.execute("SELECT wanted FROM wanted").fetchone()
+        return row[0] if row else "running"
+
+    def want(self, wanted: Wanted) -> None:
+        assert wanted in get_args(Wanted)
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO wanted VALUES (1, ?)", (wanted,))
+
+    def skipped_sites(self) -> set[str]:
+        """Sites that the run goes on without."""
+        with self._transaction() as db:
+            return {row[0] for row in db.execute("SELECT site FROM skipped")}
+
+    def skip(self, site: str) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO skipped VALUES (?)", (site,))
+
     def stage(self, number: int) -> Stage:
         with self._transaction() as db:
             row = db.execute(
@@ -103,6 +156,16 @@ class RunState:
                 f"INSERT INTO stage (stage, {names}) VALUES (?, {marks}) ON CONFLICT (stage) DO UPDATE SET {update}",  # noqa: S608 - names are ours
                 (number, *columns.values()),
             )
+
+    def hand_off(self, hop: str) -> HandOff | None:
+        """The hand-off of `hop`, if it was made before."""
+        with self._transaction() as db:
+            row = db.execute("SELECT content FROM hand_off WHERE hop = ?", (hop,)).fetchone()
+        return from_bytes(HandOff, row[0].encode()) if row else None
+
+    def keep_hand_off(self, handoff: HandOff) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT INTO hand_off VALUES (?, ?)", (handoff.hop, to_bytes(handoff).decode()))
 
     def record(self, hop: Hop) -> None:
         """Note a finished hop."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -15,6 +14,7 @@ from invcoss_common.records import Response
 from invcoss_common.wire import decode_request, encode_response
 from invcoss_site.desk import answer
 from invcoss_site.home import SiteHome, load_home
+from invcoss_site.node import remember_node
 from invcoss_site.simulated import simulated_home
 from invcoss_site.work import error_class, start_process
 
@@ -25,9 +25,11 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Answer one request. Nothing is raised: Flower would send the text of the error to the coordinator."""
     try:
-        home = _home(context)
-        # In a simulation nobody is left to stop a worker, so it ends with the process that plays the site.
-        start_work = partial(start_process, parent=None if "home" in context.node_config else os.getpid())
+        if "home" in context.node_config:
+            home, start_work = load_home(Path(str(context.node_config["home"]))), leave_to_agent
+            remember_node(home, context.node_id)
+        else:  # nobody is left to stop a worker, so it ends with the process that plays the site
+            home, start_work = _simulated(context), start_beside
         response = answer(decode_request(message.content), home, start_work)
     except Exception as error:
         traceback.print_exc()
@@ -35,10 +37,17 @@ def query(message: Message, context: Context) -> Message:
     return Message(encode_response(response), reply_to=message)
 
 
-def _home(context: Context) -> SiteHome:
-    """The folder named in the node's config; in a simulation, the one made for this node's site of the plan."""
-    if "home" in context.node_config:
-        return load_home(Path(str(context.node_config["home"])))
+def start_beside(home: SiteHome, hop: str) -> None:
+    """Start the worker of a hop here; it ends with this process."""
+    start_process(home, hop, parent=os.getpid())
+
+
+def leave_to_agent(home: SiteHome, hop: str) -> None:
+    """The site agent sees in the spool that a hop waits; this process must not read the site's images."""
+
+
+def _simulated(context: Context) -> SiteHome:
+    """The folder made for this node's site of the plan."""
     config = {name: str(context.run_config[name]) for name in ("plan", "data", "out")}
     plan = load_plan(Path(config["plan"]))
     site = plan.sites[int(context.node_config["partition-id"])]

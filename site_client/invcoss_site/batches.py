@@ -1,6 +1,7 @@
 """Training batches as a pure function of the step number: sampling, cropping, flipping.
 
-Because nothing is remembered between batches, a resumed run needs the step number only to draw the same batches.
+Because nothing is remembered between batches, a resumed run needs the step number only to draw the same batches, and
+several processes can each prepare a part of them.
 N = training images, B = batch, C = channels.
 """
 
@@ -21,35 +22,54 @@ from invcoss_common.modality import Geometry
 from invcoss_common.seeds import generator_for
 
 FloatImages = npt.NDArray[np.float16]
+Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 class TrainingBatches(Dataset[Tensor]):
     """Batches (B, C, *geometry.size) float32 in [0, 1] by number, from `images` (N, C, *stored).
 
     Every image is seen once an epoch. In 2-D a random part (area share `crop_scale`..1, aspect 3/4..4/3) of the stored
-    image is resized to the input size; `flip` mirrors the last axis (left-right) half of the time.
+    image is resized to the input size; `flip` mirrors the last axis (left-right) half of the time. Only the rows `part`
+    are prepared.
     """
 
     def __init__(
-        self, images: FloatImages, geometry: Geometry, *, batch_size: int, crop_scale: float, flip: bool, seed: int
+        self,
+        images: FloatImages,
+        geometry: Geometry,
+        *,
+        batch_size: int,
+        crop_scale: float,
+        flip: bool,
+        seed: int,
+        part: slice = slice(None),
     ) -> None:
-        self.images, self.geometry, self.batch_size = images, geometry, batch_size
+        self.images, self.geometry, self.batch_size, self.part = images, geometry, batch_size, part
         self.crop_scale, self.flip, self.seed = crop_scale, flip, seed
 
     def __getitem__(self, number: int) -> Tensor:
         generator = generator_for(self.seed, "batch", number)
+        drawn = [self._draw(generator) for _ in range(self.batch_size)]  # for all rows, so that each is as in the whole
         first = number * self.batch_size
-        return torch.stack([self._augmented(self._index(first + i), generator) for i in range(self.batch_size)])
+        return torch.stack(
+            [self._augmented(self._index(first + i), *drawn[i]) for i in range(self.batch_size)[self.part]]
+        )
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
         return int(_order(len(self.images), self.seed, epoch)[place])
 
-    def _augmented(self, index: int, generator: torch.Generator) -> Tensor:
-        stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
+    def _draw(self, generator: torch.Generator) -> tuple[bool, Crop | None]:
+        """Whether an image is mirrored and, in 2-D, which part of it is used."""
         flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         if self.geometry.ndim == 2:
-            top, left, height, width = random_crop(stored.shape[1], stored.shape[2], self.crop_scale, generator)
+            return flip, random_crop(self.images.shape[2], self.images.shape[3], self.crop_scale, generator)
+        return flip, None
+
+    def _augmented(self, index: int, flip: bool, crop: Crop | None) -> Tensor:
+        stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
+        if crop:
+            top, left, height, width = crop
             image = resize(stored[:, top : top + height, left : left + width].float(), self.geometry)
         else:
             image = stored.float()
@@ -61,7 +81,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator_for(seed, "order", epoch))
 
 
-def random_crop(height: int, width: int, scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+def random_crop(height: int, width: int, scale: float, generator: torch.Generator) -> Crop:
     """Top, left, height and width of a random part covering `scale`..1 of the area, aspect 3/4..4/3."""
     area_share, log_aspect, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     area = max((scale + (1 - scale) * area_share) * height * width, 1.0)

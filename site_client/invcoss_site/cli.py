@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from invcoss_common.errors import InvcossError
+from invcoss_common.errors import DataError, InvcossError
 from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+Part = Literal["all", "agent", "network"]
 SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
 
@@ -90,12 +93,19 @@ def phantoms(
 def init(
     folder: SiteFolder,
     name: Annotated[str, typer.Option(help="name of the site: lower-case letters, digits, hyphens")],
-    data: Annotated[Path, typer.Option(help="folder with the site's images")],
+    data: Annotated[Path | None, typer.Option(help="folder with the site's images")] = None,
+    phantoms: Annotated[
+        str | None, typer.Option(metavar="MODALITY", help="instead of --data: make 60 made-up images, for a trial")
+    ] = None,
 ) -> None:
     """Make the site's folder, its keys and the enrolment request for the operator."""
     from invcoss_common.keys import fingerprint
-    from invcoss_site.enrol import init_site
+    from invcoss_site.enrol import init_site, make_trial_images
 
+    if (data is None) == (phantoms is None):
+        raise DataError("give exactly one of --data and --phantoms")
+    if data is None:
+        data = make_trial_images(folder, str(phantoms), name)
     request = init_site(folder, name, data)
     print(f"site {name} in {folder}; the private keys in {folder / 'keys'} never leave this machine")
     print(f"send the operator {folder / 'enrolment-request.json'}; it holds public keys only")
@@ -124,15 +134,34 @@ def join(
 
 
 @app.command()
-def check_connection(
-    folder: SiteFolder, timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for an answer")] = 10.0
+def start(
+    folder: SiteFolder,
+    join_file: Annotated[
+        Path | None, typer.Argument(metavar="[JOINFILE]", help="the file that the operator sent, if not joined yet")
+    ] = None,
+    part: Annotated[Part, typer.Option(help="agent: only what reads the images; network: only what dials out")] = "all",
 ) -> None:
-    """Connect to the coordinator and check its certificate and both clocks; sends nothing of the site."""
-    from invcoss_site.connection import check_credentials
+    """Serve the consortium until interrupted; only dials out, and starts again whatever ends."""
+    from invcoss_site.service import serve  # here, because it needs seconds to import
 
-    found = check_credentials(folder, timeout)
-    clock = "did not tell its clock" if found.ahead_s is None else "clock agrees"
-    print(f"{found.address}: {found.tls}, certificate valid until {found.valid_until:%Y-%m-%d}, {clock}")
+    if join_file is not None:
+        join(folder, join_file, None)
+    serve(folder, part, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+@app.command()
+def doctor(
+    folder: SiteFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="longest wait for each answer, in seconds")] = 10.0,
+) -> None:
+    """Check, step by step, all that a visit needs, from the settings to the coordinator's letting this site in."""
+    from invcoss_common.checkup import report  # here, because they need seconds to import
+    from invcoss_common.supervise import direct_loopback
+    from invcoss_site.doctor import examine
+
+    os.environ.update(direct_loopback())  # as for the programs that `start` starts
+    raise typer.Exit(report(partial(examine, folder, timeout), as_json))
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ Errors leave as the name of their class; their text and traceback stay in the si
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from invcoss_common import __version__
 from invcoss_common.canonical import write_atomic
-from invcoss_common.errors import HopBusy, ProtocolError
+from invcoss_common.encoding import decode, encode
+from invcoss_common.errors import HopBusy, ProtocolError, TransferClosed
 from invcoss_common.records import (
     PROTOCOL_VERSION,
     Artefact,
@@ -29,32 +29,40 @@ from invcoss_common.records import (
 )
 from invcoss_common.wire import MAX_PART_BYTES
 from invcoss_site.home import SiteHome
-from invcoss_site.work import error_class, log_error, take_lock
+from invcoss_site.transfer import check_open, count, is_open
+from invcoss_site.work import AGENT_LOCK, error_class, is_idle, log_error
 
 _HOP: TypeAdapter[str] = TypeAdapter(HopId)
 
 
-def answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> Response:
+def answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> Response:
     """The site's answer to `request`; `start_work(home, hop)` begins the work of a hop and must not wait for it."""
     try:
         return _answer(request, home, start_work)
+    except TransferClosed as error:  # not a failure, and may be asked for all night: not for the log
+        return Response({"error": error_class(error)})
     except Exception as error:
         with suppress(OSError):
             log_error(home, "desk.log")
         return Response({"error": error_class(error)})
 
 
-def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> Response:
+def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> Response:
     fields = request.fields
     match request.verb:
         case "hello":
             return Response({"site": home.name, "protocol": PROTOCOL_VERSION, "code_version": __version__})
         case "have":
-            return Response({"received": home.artefacts.received_bytes(_artefact(request))})
+            artefact = _artefact(request)
+            if not home.artefacts.has(artefact):
+                check_open(home)  # here too, so that nobody sends a large part in vain
+            return Response({"received": home.artefacts.received_bytes(artefact)})
         case "put":
-            return Response(
-                {"received": home.artefacts.append(_artefact(request), int(fields["offset"]), request.blob)}
-            )
+            check_open(home)
+            put: dict[str, str | int] = {"received": _add(request, home)}
+            if request.protocol >= 2:
+                put["closed"] = int(not is_open(home))
+            return Response(put)
         case "start":
             handoff = from_bytes(HandOff, str(fields["handoff"]).encode())
             return Response({"state": _start(handoff, str(fields["attempt"]), home, start_work)})
@@ -64,25 +72,35 @@ def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, st
             report = (home.hop_folder(hop) / "report.json").read_text("utf-8") if status.state == "done" else ""
             return Response({"status": to_bytes(status).decode(), "report": report})
         case "get":
-            return Response(blob=_part(request, home))
+            check_open(home)
+            encoding, blob = encode(_part(request, home), str(fields.get("encoding", "")))
+            count(home, len(blob))
+            return Response({"encoding": encoding} if request.protocol >= 2 else {}, blob)
         case "purge":
             home.artefacts.keep_only(set(str(fields["keep"]).split(",")))
             return Response()
+        case "abort":
+            hop = _hop(request)
+            state = hop_status(home, hop).state
+            if state != "unknown":
+                write_atomic(home.hop_folder(hop) / "abort", b"")  # who tends the work sees it and stops
+            return Response({"state": state})
 
 
 def hop_status(home: SiteHome, hop: str) -> Status:
-    """Where a hop stands; one whose worker is gone without a word has failed with `WorkerKilled`."""
+    """Where a hop stands; one whose worker is gone without a word has failed, or its site's agent will see to it."""
     folder = home.hop_folder(hop)
     if not (folder / "status.json").is_file():
         return Status(state="unknown")
-    idle = _is_idle(home, hop)  # first, or a worker that ends between the two questions would seem killed
+    idle = is_idle(home, hop)  # first, or a worker that ends between the two questions would seem killed
     status = from_bytes(Status, (folder / "status.json").read_bytes())
-    if idle and status.state in ("queued", "running"):
+    tended = (home.spool / AGENT_LOCK).exists()
+    if idle and not tended and status.state in ("queued", "running"):
         return status.model_copy(update={"state": "failed", "error": "WorkerKilled"})
     return status
 
 
-def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[[SiteHome, str], None]) -> str:
+def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> str:
     """Begin the work of a hand-off, unless it runs, is done, or failed in this very attempt; the hop's state."""
     if handoff.receiver != home.name:
         raise ProtocolError("the hand-off is for another site")
@@ -92,22 +110,33 @@ def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[
     file = folder / "handoff.json"
     if not file.is_file() or file.read_bytes() != content:
         if folder.is_dir():
-            if not _is_idle(home, handoff.hop):
+            if not is_idle(home, handoff.hop):
                 raise HopBusy("another hand-off of this name is being worked on")
             shutil.rmtree(folder)
         write_atomic(file, content)
     state = hop_status(home, handoff.hop).state
     attempt_file = folder / "attempt"
+    (folder / "abort").unlink(missing_ok=True)
     if (
         state in ("queued", "running")
         or (state == "done" and all(home.artefacts.has(artefact) for artefact in _report(home, handoff.hop).artefacts))
         or (state == "failed" and attempt_file.read_text("utf-8") == attempt)
     ):
         return state
+    home.artefacts.keep_only({artefact.sha256 for artefact in handoff.artefacts})  # earlier hops are done
     write_atomic(attempt_file, attempt.encode())
     write_atomic(folder / "status.json", to_bytes(Status(state="queued")))
     start_work(home, handoff.hop)
     return hop_status(home, handoff.hop).state
+
+
+def _add(request: Request, home: SiteHome) -> int:
+    """Store a part of an artefact; the bytes of it now held."""
+    count(home, len(request.blob))
+    artefact, offset = _artefact(request), int(request.fields["offset"])
+    limit = min(artefact.size_bytes - offset, MAX_PART_BYTES)
+    part = decode(request.blob, str(request.fields.get("encoding", "")), limit)
+    return home.artefacts.append(artefact, offset, part)
 
 
 def _part(request: Request, home: SiteHome) -> bytes:
@@ -120,13 +149,6 @@ def _part(request: Request, home: SiteHome) -> bytes:
     if not (0 <= offset < artefact.size_bytes and 0 < length <= MAX_PART_BYTES):
         raise ProtocolError("the part asked for is outside the artefact")
     return home.artefacts.read(artefact, offset, length)
-
-
-def _is_idle(home: SiteHome, hop: str) -> bool:
-    lock = take_lock(home, hop)
-    if lock is not None:
-        os.close(lock)
-    return lock is not None
 
 
 def _report(home: SiteHome, hop: str) -> Report:

@@ -8,6 +8,7 @@ ROOT/join.json ROOT/ca.crt          from the operator; who the coordinator is
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,7 +37,10 @@ from invcoss_common.keys import (
     save_key,
     save_node_key,
 )
+from invcoss_common.modality import MODALITIES, lookup
 from invcoss_site.home import load_home, write_home
+
+TRIAL_CASES = 60
 
 
 def init_site(root: Path, name: str, data: Path) -> EnrolmentRequest:
@@ -69,6 +73,21 @@ def init_site(root: Path, name: str, data: Path) -> EnrolmentRequest:
     except OSError as error:
         raise CredentialError(f"{root}: can't make the site's folder here ({error.strerror})") from None
     return request
+
+
+def make_trial_images(root: Path, modality: str, name: str) -> Path:
+    """Make phantoms of a modality, other ones for another `name`, in a folder under `root`, unless they are there."""
+    from invcoss_common.phantoms import write_phantoms  # here, because joining needs none of it
+    from invcoss_common.seeds import derive_seed
+
+    lookup(modality, MODALITIES)
+    folder = root / "images"
+    if not folder.exists():
+        draft = root / ".images.unfinished"
+        shutil.rmtree(draft, ignore_errors=True)
+        write_phantoms(draft, modality, TRIAL_CASES, derive_seed(0, "phantoms", name))
+        draft.replace(folder)
+    return folder
 
 
 def join(root: Path, data: bytes, heard: str | None = None) -> JoinFile:

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Name
 from invcoss_common.errors import DataError
+
+
+class Transfer(BaseModel):
+    """The site's own limits on artefacts that cross, both ways together; messages without a part always pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_mbit_s: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="average bandwidth")
+    hours: str | None = Field(
+        default=None,
+        pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$",
+        description='from-to in the site\'s local time, such as "20:00-06:00"; unset: all day',
+    )
+
+    @field_validator("hours")
+    @classmethod
+    def _some_time(cls, hours: str | None) -> str | None:
+        if hours and hours[:5] == hours[6:]:
+            raise ValueError("begins and ends at the same minute; leave hours out if any time will do")
+        return hours
 
 
 class _SiteFile(BaseModel):
@@ -23,16 +44,23 @@ class _SiteFile(BaseModel):
     name: Name
     data: str
     index: tuple[str, ...] = ()
+    transfer: Transfer = Transfer()
+    processes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
 
 
 @dataclass(frozen=True)
 class SiteHome:
-    """One site's folder. `index` names CSV files in `data`, as the plan's [simulation] or the site wrote them."""
+    """One site's folder. `index` names CSV files in `data`, as the plan's [simulation] or the site wrote them.
+
+    `processes` train together; None is one a GPU.
+    """
 
     name: str
     root: Path
     data: Path
     index: tuple[str, ...] = ()
+    transfer: Transfer = field(default_factory=Transfer)
+    processes: int | None = None
 
     @property
     def spool(self) -> Path:
@@ -78,4 +106,5 @@ def load_home(root: Path) -> SiteHome:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return SiteHome(values.name, root.resolve(), (root / values.data).resolve(), values.index)
+    data = (root / values.data).resolve()
+    return SiteHome(values.name, root.resolve(), data, values.index, values.transfer, values.processes)

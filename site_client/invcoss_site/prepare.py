@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from monai.transforms import CenterSpatialCrop, SpatialPad
 
 from invcoss_common.canonical import canonical_json, sha256_hex, write_atomic
@@ -68,8 +67,8 @@ def prepare(
             f"different cases, are needed; add cases, or say in an index which are held out{first}"
         )
     return SiteImages(
-        _mapped(folder / "train.f16", facts["train"], (geometry.channels, *stored_size(geometry))),
-        _mapped(folder / "heldout.f16", facts["heldout"], (geometry.channels, *geometry.size)),
+        mapped(folder / "train.f16", (facts["train"], geometry.channels, *stored_size(geometry))),
+        mapped(folder / "heldout.f16", (facts["heldout"], geometry.channels, *geometry.size)),
         facts["train_cases"],
         quarantined,
     )
@@ -177,6 +176,7 @@ def _starts(extent: int, wanted: int) -> list[int]:
     return sorted({round(start) for start in np.linspace(0, extent - wanted, count)})
 
 
-def _mapped(path: Path, count: int, shape: tuple[int, ...]) -> FloatImages:
-    array: npt.NDArray[np.float16] = np.memmap(path, dtype=np.float16, mode="c", shape=(count, *shape))
+def mapped(path: Path, shape: tuple[int, ...]) -> FloatImages:
+    """The prepared images in a file of the cache, memory-mapped; its own `filename` and `shape` map it again."""
+    array: FloatImages = np.memmap(path, dtype=np.float16, mode="c", shape=shape)
     return array

@@ -1,7 +1,8 @@
 """Masked image modelling at a site: the training loop, its checkpoint and its rules for bad numbers.
 
 Randomness is drawn per step from the seed and the step number, so a run that was killed and resumed ends with the same
-weights as one that was not. B = batch, C = channels.
+weights as one that was not; several processes (ranks.py) train on the same batches and masks as one does. B = batch,
+C = channels.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from invcoss_common.model import MultiModalMAE, reconstruction_loss
 from invcoss_common.seeds import generator_for
 from invcoss_common.tokens import random_mask
 from invcoss_common.weights import check_tensors, schema_of, tensors_to_bytes
+from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, TrainingBatches, batch_loader
 from invcoss_site.replay import Rehearse
 
@@ -81,6 +84,10 @@ def train(
 
     `rehearse(model, step)` adds a loss for what was learned before. With `checkpoint`, the state is saved there every
     `checkpoint_every_s` and a later call goes on from it. Raises TrainingError after `max_bad_steps` non-finite steps.
+
+    With several processes all call it alike. Each works on its part of every batch and of the replay batch; the losses,
+    the rule for bad numbers and the weights are the same in all of them, and the first alone writes checkpoints, which
+    any number of processes can go on from.
     """
     model.train()
     device = model.cls_token.device
@@ -88,8 +95,16 @@ def train(
     progress = Progress(steps=steps_for(config, len(images)))
     if checkpoint and checkpoint.exists():
         _load_checkpoint(checkpoint, model, optimiser, progress)
+    student = ranks.synchronised(model)
+    part = ranks.part_of(config.batch_size)
     batches = TrainingBatches(
-        images, geometry, batch_size=config.batch_size, crop_scale=config.crop_scale, flip=flip, seed=seed
+        images,
+        geometry,
+        batch_size=config.batch_size,
+        crop_scale=config.crop_scale,
+        flip=flip,
+        seed=seed,
+        part=slice(part.start, part.stop),
     )
     loader = iter(
         batch_loader(batches, progress.step * config.accumulate, progress.steps * config.accumulate, config.workers)
@@ -103,26 +118,30 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(progress.step, progress.steps, config)
         loss_sum = 0.0
-        for part in range(config.accumulate):
+        for turn in range(config.accumulate):
             waiting = time.monotonic()
             batch = next(loader).to(device, non_blocking=True)
             progress.wait_seconds += time.monotonic() - waiting
-            generator = generator_for(seed, "mask", progress.step, part)
-            mask = random_mask(len(batch), geometry.tokens, config.mask_ratio, generator).to(device)
-            with autocast:
-                _, prediction = model(batch, geometry, mask)
-                loss = reconstruction_loss(prediction, batch, geometry, mask)
-            (loss / config.accumulate).backward()
+            generator = generator_for(seed, "mask", progress.step, turn)
+            mask = random_mask(config.batch_size, geometry.tokens, config.mask_ratio, generator)
+            mask = mask.rows(part.start, part.stop).to(device)
+            last = rehearse is None and turn == config.accumulate - 1
+            with nullcontext() if last else ranks.unsynchronised(student):
+                with autocast:
+                    _, prediction = student(batch, geometry, mask)
+                    loss = part.weight * reconstruction_loss(prediction, batch, geometry, mask)
+                (loss / config.accumulate).backward()
             loss_sum += float(loss.detach()) / config.accumulate
-            progress.images += len(batch)
+            progress.images += config.batch_size
         if rehearse is not None:
             with autocast:
-                replay_loss = rehearse(model, progress.step)
+                replay_loss = rehearse(student, progress.step)
             replay_loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if bool(torch.isfinite(norm)) and math.isfinite(loss_sum):
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
+        loss_mean, norm = ranks.averaged(torch.tensor([loss_sum, norm], dtype=torch.float64)).tolist()
+        if math.isfinite(norm) and math.isfinite(loss_mean):
             optimiser.step()
-            progress.losses.append(loss_sum)
+            progress.losses.append(loss_mean)
             bad_in_a_row = 0
         else:
             progress.skipped += 1
@@ -135,7 +154,8 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         progress.step += 1
         progress.train_seconds += time.monotonic() - began
-        if checkpoint and (time.monotonic() - saved_at > config.checkpoint_every_s or progress.step == progress.steps):
+        due = time.monotonic() - saved_at > config.checkpoint_every_s or progress.step == progress.steps
+        if checkpoint and due and ranks.rank() == 0:
             _save_checkpoint(checkpoint, model, optimiser, progress)
             saved_at = time.monotonic()
         if on_progress:

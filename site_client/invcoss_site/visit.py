@@ -16,12 +16,13 @@ from invcoss_common.model import MultiModalMAE
 from invcoss_common.records import HandOff, Phase, Report, Status, Task
 from invcoss_common.seeds import derive_seed
 from invcoss_common.statistics import record_statistics, statistics_to_bytes
-from invcoss_common.weights import model_from_bytes, model_to_bytes
+from invcoss_common.weights import model_from_bytes, model_to_bytes, round_weights
+from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, whole_images
 from invcoss_site.evaluate import heldout_loss
 from invcoss_site.home import SiteHome
 from invcoss_site.inventory import take_inventory
-from invcoss_site.prepare import SiteImages, prepare
+from invcoss_site.prepare import SiteImages, mapped, prepare
 from invcoss_site.replay import Rehearse, ReplayPool, rehearsal
 from invcoss_site.trainer import Progress, train
 
@@ -32,14 +33,16 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
     """Do what `handoff` asks with this site's images and return what may leave.
 
     Artefacts of the hand-off are in `home.artefacts` already; those of the report are put there. A killed visit that
-    is called again goes on from its checkpoint. Raises InvcossError with a text meant for this site only.
+    is called again goes on from its checkpoint. Where several processes train together, the first calls this: it alone
+    reads images, takes statistics and evaluates. Raises InvcossError with a text meant for this site only.
     """
     task = handoff.task
     if task.threads:
         torch.set_num_threads(task.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = site_images(home, task, on_status)
-    model = load_model(handoff, home, device)
+    with ranks.joined(home.hop_folder(handoff.hop)):
+        images = site_images(home, task, on_status)
+        model = load_model(handoff, home, ranks.device())
+        progress = _train(handoff, home, model, images.train, on_status) if task.kind == "train" else None
     metrics = {
         "train_images": float(len(images.train)),
         "train_cases": float(images.train_cases),
@@ -47,6 +50,7 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
         "quarantined_files": float(len(images.quarantined)),
     }
     report = Report(
+        protocol=handoff.protocol,
         run=handoff.run,
         hop=handoff.hop,
         sender=home.name,
@@ -54,10 +58,18 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
         code_version=__version__,
         metrics=metrics,
     )
-    if task.kind == "train":
-        report = _train(handoff, home, model, images, on_status, report)
+    if progress:
+        report = _add_results(handoff, home, model, images.train, progress, on_status, report)
     loss = evaluate(model, images.heldout, task, on_status)
     return report.model_copy(update={"metrics": report.metrics | {"heldout_mim_loss": loss}})
+
+
+def assist(handoff: HandOff, home: SiteHome) -> None:
+    """The part of every process but the first in the `visit` of `handoff`: to train beside it."""
+    if handoff.task.threads:
+        torch.set_num_threads(handoff.task.threads)
+    with ranks.joined(home.hop_folder(handoff.hop)):
+        _train(handoff, home, load_model(handoff, home, ranks.device()), None, lambda _status: None)
 
 
 def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
@@ -69,7 +81,7 @@ def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
 
 def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiModalMAE:
     data = home.artefacts.path(handoff.model).read_bytes()
-    return model_from_bytes(data, handoff.task.model, handoff.task.families).to(device)
+    return model_from_bytes(data, handoff.task.model, handoff.task.families, handoff.wire_dtype).to(device)
 
 
 def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task, on_status: OnStatus) -> float:
@@ -111,10 +123,11 @@ def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Re
 
 
 def _train(
-    handoff: HandOff, home: SiteHome, model: MultiModalMAE, images: SiteImages, on_status: OnStatus, report: Report
-) -> Report:
+    handoff: HandOff, home: SiteHome, model: MultiModalMAE, images: FloatImages | None, on_status: OnStatus
+) -> Progress:
+    """Train `model` in place on the images of the first process, which are mapped, not sent, in the others."""
     task = handoff.task
-    device = model.cls_token.device
+    file, shape = ranks.from_first((str(images.filename), images.shape) if isinstance(images, np.memmap) else None)
 
     def tell(progress: Progress) -> None:
         on_status(
@@ -129,20 +142,34 @@ def _train(
             )
         )
 
-    progress = train(
+    return train(
         model,
-        images.train,
+        mapped(Path(file), shape) if images is None else images,
         task.geometry,
         task.train,
         seed=derive_seed(task.seed, "stage", task.stage),
         flip=task.modality.horizontal_flip,
-        rehearse=load_rehearsal(handoff, home, device),
+        rehearse=load_rehearsal(handoff, home, model.cls_token.device),
         checkpoint=checkpoint_path(home, handoff.hop),
         on_progress=tell,
     )
+
+
+def _add_results(
+    handoff: HandOff,
+    home: SiteHome,
+    model: MultiModalMAE,
+    images: FloatImages,
+    progress: Progress,
+    on_status: OnStatus,
+    report: Report,
+) -> Report:
+    """`report` with the trained model, its statistics over the training `images`, and the training's numbers."""
+    task = handoff.task
+    round_weights(model, handoff.wire_dtype)  # first, so that what is measured below is the model that leaves
     statistics = record_statistics(
         model,
-        counted(images.train, task, device, counter(on_status, "statistics")),
+        counted(images, task, model.cls_token.device, counter(on_status, "statistics")),
         task.geometry,
         task.train.mask_ratio,
         seed=derive_seed(task.seed, "statistics", task.stage),
@@ -156,7 +183,7 @@ def _train(
     }
     return report.model_copy(
         update={
-            "model": home.artefacts.put(model_to_bytes(model)),
+            "model": home.artefacts.put(model_to_bytes(model, handoff.wire_dtype)),
             "statistics": home.artefacts.put(statistics_to_bytes(statistics)),
             "metrics": metrics,
             "curve": shorten(progress.losses, CURVE_POINTS),

@@ -3,7 +3,8 @@
     python -m invcoss_site.work ROOT HOP [--parent PID]
 
 The network-facing side only starts it and reads the spool, so a lost connection never costs a training. Who works on a
-hop holds a lock on it: a status of "running" without a lock is a worker that was killed.
+hop holds a lock on it: a status of "running" without a lock is a worker that was killed. Where several processes train
+together, the worker becomes torchrun and starts them with the same command; they all hold the lock.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ from invcoss_site.home import SiteHome, load_home
 Visit = Callable[[HandOff, SiteHome, Callable[[Status], None]], Report]
 
 STATUS_EVERY_S = 1.0
+SETTLE_S = 3.0  # torchrun notices the end of one process, and ends the others, well within this time
+AGENT_LOCK = "agent.lock"  # in the spool; there is one where a site agent looks after it
 
 
-def start_process(home: SiteHome, hop: str, parent: int | None = None) -> None:
+def start_process(home: SiteHome, hop: str, parent: int | None = None) -> subprocess.Popen[bytes] | None:
     """Start the worker of `hop`, detached, unless there is one; with `parent`, it ends when that process does."""
     lock = take_lock(home, hop)
     if lock is None:
-        return
+        return None
     home.log.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "invcoss_site.work", str(home.root), hop, "--lock", str(lock)]
+    command = [sys.executable, "-m", "invcoss_site.work", str(home.root), hop, "--locked"]
     command += ["--parent", str(parent)] if parent else []
     try:
         with (home.log / "visit.log").open("ab") as log:
-            # The worker inherits the lock, so there is no instant between start and lock at which it seems dead.
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock]
-            )
+            # The worker inherits the lock, so there is no instant between start and lock at which it seems dead. It is
+            # stdin, an empty file, because torchrun hands no other descriptor on to the processes that it starts.
+            worker = subprocess.Popen(command, stdin=lock, stdout=log, stderr=log, start_new_session=True)
+        write_atomic(home.hop_folder(hop) / "worker", str(worker.pid).encode())
+        return worker
     finally:
         os.close(lock)
 
@@ -59,8 +63,25 @@ def take_lock(home: SiteHome, hop: str) -> int | None:
     return lock
 
 
-def work(home: SiteHome, hop: str, visit: Visit) -> None:
-    """Run the visit of `hop`; its result, or the class of its error, is left in the spool. The caller has the lock."""
+def is_idle(home: SiteHome, hop: str) -> bool:
+    """Whether nobody works on `hop` now."""
+    lock = take_lock(home, hop)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
+
+
+def worker_group(home: SiteHome, hop: str) -> int | None:
+    """The process group of the worker of `hop`, None if nobody works on it."""
+    file = home.hop_folder(hop) / "worker"
+    return int(file.read_text("ascii")) if file.exists() and not is_idle(home, hop) else None
+
+
+def work(home: SiteHome, hop: str, visit: Visit) -> Status:
+    """Run the visit of `hop`; its result, or the class of its error, is left in the spool. The caller has the lock.
+
+    Returns the last status.
+    """
     folder = home.hop_folder(hop)
     last, written = Status(state="running"), 0.0
 
@@ -73,13 +94,14 @@ def work(home: SiteHome, hop: str, visit: Visit) -> None:
 
     try:
         note(last)
-        report = visit(from_bytes(HandOff, (folder / "handoff.json").read_bytes()), home, note)
+        report = visit(_handoff(home, hop), home, note)
         write_atomic(folder / "report.json", to_bytes(report))
         final = last.model_copy(update={"state": "done", "error": ""})
     except Exception as error:
         log_error(home, "visit.log")
         final = last.model_copy(update={"state": "failed", "error": error_class(error)})
     write_atomic(folder / "status.json", to_bytes(final))
+    return final
 
 
 def error_class(error: Exception) -> str:
@@ -101,20 +123,59 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="the site's folder")
     parser.add_argument("hop")
     parser.add_argument("--parent", type=int, help="end when this process, our parent, ends")
-    parser.add_argument("--lock", type=int, help="descriptor of the hop's lock, if the parent took it")
+    parser.add_argument("--locked", action="store_true", help="stdin holds the hop's lock")
     asked = parser.parse_args()
     if asked.parent:
         threading.Thread(target=_end_with, args=(asked.parent,), daemon=True).start()
     home = load_home(asked.root)
-    if asked.lock is None and take_lock(home, asked.hop) is None:
-        sys.exit(f"{asked.hop} is being worked on by another process")
-    work(home, asked.hop, _visit)
+    if not asked.locked:
+        lock = take_lock(home, asked.hop)
+        if lock is None:
+            sys.exit(f"{asked.hop} is being worked on by another process")
+        os.dup2(lock, 0)
+    _work_together(home, asked.hop)
 
 
-def _visit(handoff: HandOff, home: SiteHome, on_progress: Callable[[Status], None]) -> Report:
-    from invcoss_site.visit import visit  # here, because the process that only starts workers needs no torch
+def _work_together(home: SiteHome, hop: str) -> None:
+    """Do what falls to this process: start those of a training, be the first of them or the only one, or assist."""
+    from invcoss_site import ranks  # here, because the process that only starts workers needs no torch
 
-    return visit(handoff, home, on_progress)
+    wanted = ranks.processes(home.processes)
+    if ranks.count() == 1 and wanted > 1 and _handoff(home, hop).task.kind == "train":
+        command = ["-m", "invcoss_site.work", str(home.root), hop, "--locked", "--parent", str(os.getpid())]
+        ranks.launch(wanted, home.hop_folder(hop), command)
+    elif ranks.rank() == 0:
+        sys.exit(work(home, hop, _visit).state != "done")
+    else:
+        _assist(home, hop)
+
+
+def _visit(handoff: HandOff, home: SiteHome, on_status: Callable[[Status], None]) -> Report:
+    from invcoss_site import ranks
+    from invcoss_site.visit import visit
+
+    try:
+        return visit(handoff, home, on_status)
+    except Exception:
+        if ranks.count() > 1:
+            time.sleep(SETTLE_S)  # if another process died, torchrun ends this one now: killed, not failed
+        raise
+
+
+def _assist(home: SiteHome, hop: str) -> None:
+    """Train beside the first process; only that one writes to the spool."""
+    try:
+        from invcoss_site.visit import assist
+
+        assist(_handoff(home, hop), home)
+    except Exception:
+        traceback.print_exc()
+        time.sleep(2 * SETTLE_S)  # if the first process met the same error, it is the one to report it
+        sys.exit(1)
+
+
+def _handoff(home: SiteHome, hop: str) -> HandOff:
+    return from_bytes(HandOff, (home.hop_folder(hop) / "handoff.json").read_bytes())
 
 
 def _end_with(parent: int) -> None:

@@ -130,6 +130,12 @@ MISTAKES = {
         "found inf",
     ),
     "unknown replay": ("[simulation.north]", '[replay]\nloss = "x"\n[simulation.north]', "replay.loss", "found 'x'"),
+    "unknown wire type": (
+        "[simulation.north]",
+        '[relay]\nwire_dtype = "float16"\n[simulation.north]',
+        "relay.wire_dtype",
+        "float16",
+    ),
     "parts too large": ("[simulation.north]", "[relay]\npart_mib = 999\n[simulation.north]", "relay.part_mib", "999"),
     "no stage": (GOOD[GOOD.index("\n[train]") :], "stages = []\ntrain = { steps = 1 }", "stages", "at least 1"),
     "stages missing": (GOOD[GOOD.index("[[stages]]") :], "", "stages", "required"),

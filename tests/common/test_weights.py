@@ -12,7 +12,9 @@ from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model
 from invcoss_common.weights import (
     model_from_bytes,
+    model_schema,
     model_to_bytes,
+    round_weights,
     schema_of,
     tensors_from_bytes,
     tensors_to_bytes,
@@ -48,6 +50,43 @@ def test_there_and_back():
     back = model_from_bytes(model_to_bytes(model), SHAPE, FAMILIES)
     assert model.state_dict().keys() == back.state_dict().keys()
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_bfloat16_halves_the_bytes_and_comes_back_as_float32():
+    model = build_model(SHAPE, FAMILIES, seed=5)
+    data = model_to_bytes(model, "bfloat16")
+    assert len(data) < 0.55 * len(model_to_bytes(model))
+    back = model_from_bytes(data, SHAPE, FAMILIES, "bfloat16")
+    for name, tensor in model.state_dict().items():
+        assert back.state_dict()[name].dtype == torch.float32
+        assert torch.equal(back.state_dict()[name], tensor.bfloat16().float()), name
+    assert model_to_bytes(back, "bfloat16") == data, "rounding twice is rounding once"
+    round_weights(model, "bfloat16")
+    assert model_to_bytes(model) == model_to_bytes(back)
+
+
+def test_float32_is_not_rounded():
+    model = build_model(SHAPE, FAMILIES, seed=5)
+    before = model_to_bytes(model)
+    round_weights(model, "float32")
+    assert model_to_bytes(model) == before
+
+
+def test_only_the_type_that_was_agreed_on_is_read():
+    model = build_model(SHAPE, FAMILIES, seed=5)
+    with pytest.raises(WeightsError, match=r"torch\.bfloat16; the model needs .* torch\.float32"):
+        model_from_bytes(model_to_bytes(model, "bfloat16"), SHAPE, FAMILIES)
+    with pytest.raises(WeightsError, match=r"torch\.float32; the model needs .* torch\.bfloat16"):
+        model_from_bytes(model_to_bytes(model), SHAPE, FAMILIES, "bfloat16")
+    assert {dtype for _, dtype in model_schema(SHAPE, FAMILIES, "bfloat16").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, torch.finfo(torch.float32).max])
+def test_a_value_that_is_not_finite_in_bfloat16_is_refused(value):
+    model = build_model(SHAPE, FAMILIES, seed=5)
+    model.cls_token.data[0, 0, 0] = value  # the largest float32 rounds to infinity
+    with pytest.raises(WeightsError, match="cls_token"):
+        model_from_bytes(model_to_bytes(model, "bfloat16"), SHAPE, FAMILIES, "bfloat16")
 
 
 def test_equal_weights_are_equal_bytes_whatever_their_order():

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
-from invcoss_common.records import Request, Response
+from flwr.app import RecordDict
+
+from invcoss_common.records import Request, Response, negotiate
 from invcoss_common.wire import decode_request, decode_response, encode_request, encode_response
 from invcoss_server.courier import checked
 from invcoss_site.desk import answer
 from invcoss_site.home import SiteHome
-from invcoss_site.work import Visit, take_lock, work
+from invcoss_site.work import Visit, error_class, take_lock, work
+
+StartWork = Callable[[SiteHome, str], None]
+Site = Callable[[RecordDict, SiteHome, StartWork], RecordDict]
 
 
-def work_here(visit: Visit) -> Callable[[SiteHome, str], None]:
+def work_here(visit: Visit) -> StartWork:
     """A `start_work` for the desk that runs `visit` to its end in this process."""
 
     def start(home: SiteHome, hop: str) -> None:
@@ -27,16 +33,38 @@ def work_here(visit: Visit) -> Callable[[SiteHome, str], None]:
     return start
 
 
-class LoopbackCourier:
-    """Reaches the sites in `homes`; `visit` is what they run. `calls` counts messages by site and verb."""
+def site_of_today(record: RecordDict, home: SiteHome, start_work: StartWork) -> RecordDict:
+    """What a site's Flower app does with a message."""
+    try:
+        return encode_response(answer(decode_request(record), home, start_work))
+    except Exception as error:
+        return encode_response(Response({"error": error_class(error)}))
 
-    def __init__(self, homes: dict[str, SiteHome], visit: Visit) -> None:
+
+class LoopbackCourier:
+    """Reaches the sites in `homes`; `visit` is what they run. `calls` counts messages by site and verb.
+
+    `others` are sites that run other software than today's.
+    """
+
+    def __init__(self, homes: dict[str, SiteHome], visit: Visit, others: dict[str, Site] | None = None) -> None:
         self.homes = homes
         self.start_work = work_here(visit)
+        self.others = others or {}
         self.calls: list[tuple[str, str]] = []
+        self.protocols: dict[str, int] = {}
 
     def call(self, site: str, request: Request) -> Response:
         self.calls.append((site, request.verb))
-        arrived = decode_request(encode_request(request))
-        response = answer(arrived, self.homes[site], self.start_work)
-        return checked(site, decode_response(encode_response(response), request.verb))
+        return self.carry(site, replace(request, protocol=self.protocol(site)))
+
+    def protocol(self, site: str) -> int:
+        if site not in self.protocols:
+            hello = self.carry(site, Request("hello"))
+            self.protocols[site] = negotiate(int(hello.fields["protocol"]), site)
+        return self.protocols[site]
+
+    def carry(self, site: str, request: Request) -> Response:
+        software = self.others.get(site, site_of_today)
+        answered = software(encode_request(request), self.homes[site], self.start_work)
+        return checked(site, decode_response(answered, request))

@@ -20,16 +20,16 @@ from invcoss_common.errors import DataError, ProtocolError, SiteError, SiteUnrea
 from invcoss_common.modality import MODALITIES, SIZES, geometry_for
 from invcoss_common.records import Artefact, HandOff, Report, Request, Response, Status, Task, to_bytes
 from invcoss_common.wire import VERBS, decode_request, decode_response, encode_request, encode_response
-from invcoss_server.courier import deliver, fetch, purge, wait
+from invcoss_server.courier import deliver, fetch, wait
 from invcoss_site.desk import answer, hop_status
 from invcoss_site.home import SiteHome, load_home, write_home
 from invcoss_site.work import take_lock
 
 HOP = "s00-train"
-PART = 1000
+PART = 1 << 20
 SECRET = "patient-0042.dcm"
-CONFIG = RelayConfig(poll_s=0.01, stall_timeout_s=5)
-MODEL = bytes(range(256)) * 10
+CONFIG = RelayConfig(poll_s=0.01, stall_timeout_s=5, part_mib=1)
+MODEL = bytes(range(256)) * 10_000
 
 
 def hand_off(store: ArtefactStore, receiver: str = "north", **changes: object) -> HandOff:
@@ -58,6 +58,7 @@ def double(handoff: HandOff, home: SiteHome, on_progress: Callable[[Status], Non
     model = home.artefacts.read(handoff.model, 0, handoff.model.size_bytes)
     on_progress(Status(state="running", step=1, steps=2))
     return Report(
+        protocol=handoff.protocol,
         run=handoff.run,
         hop=handoff.hop,
         sender=home.name,
@@ -87,16 +88,16 @@ def test_a_hop_is_delivered_waited_for_and_fetched(home: SiteHome, store: Artefa
     handoff = hand_off(store)
     seen: list[Status] = []
 
-    sent = deliver(courier, "north", handoff, store, PART)
+    sent = deliver(courier, "north", handoff, store, CONFIG)
     report = wait(courier, "north", handoff, CONFIG, seen.append)
     assert report.model is not None
-    received = fetch(courier, "north", report.model, store, PART)
+    received = fetch(courier, "north", report.model, store, CONFIG)
 
     assert store.path(report.model).read_bytes() == MODEL * 2
     assert (sent, received) == (len(MODEL) + len(to_bytes(handoff)), 2 * len(MODEL))
     assert [status.state for status in seen] == ["done"]
     assert courier.calls.count(("north", "put")) == 3
-    assert courier.calls.count(("north", "get")) == 6
+    assert courier.calls.count(("north", "get")) == 5
 
 
 def test_everything_may_be_repeated(home: SiteHome, store: ArtefactStore) -> None:
@@ -108,12 +109,12 @@ def test_everything_may_be_repeated(home: SiteHome, store: ArtefactStore) -> Non
 
     courier = LoopbackCourier({"north": home}, counted)
     handoff = hand_off(store)
-    deliver(courier, "north", handoff, store, PART)
-    assert deliver(courier, "north", handoff, store, PART) == len(to_bytes(handoff))
+    deliver(courier, "north", handoff, store, CONFIG)
+    assert deliver(courier, "north", handoff, store, CONFIG) == len(to_bytes(handoff))
     report = wait(courier, "north", handoff, CONFIG, lambda status: None)
     assert report.model is not None
-    fetch(courier, "north", report.model, store, PART)
-    assert fetch(courier, "north", report.model, store, PART) == 0
+    fetch(courier, "north", report.model, store, CONFIG)
+    assert fetch(courier, "north", report.model, store, CONFIG) == 0
     assert visits == [HOP]
 
 
@@ -128,20 +129,20 @@ def test_an_interrupted_transfer_continues_where_it_stands(home: SiteHome, store
     courier = Breaks({"north": home}, double)
     handoff = hand_off(store)
     with pytest.raises(SiteUnreachable):
-        deliver(courier, "north", handoff, store, PART)
-    assert deliver(courier, "north", handoff, store, PART) == len(MODEL) - 2 * PART + len(to_bytes(handoff))
+        deliver(courier, "north", handoff, store, CONFIG)
+    assert deliver(courier, "north", handoff, store, CONFIG) == len(MODEL) - 2 * PART + len(to_bytes(handoff))
     report = wait(courier, "north", handoff, CONFIG, lambda status: None)
     assert report.model is not None
     with pytest.raises(SiteUnreachable):
-        fetch(courier, "north", report.model, store, PART)
-    assert fetch(courier, "north", report.model, store, PART) == 2 * len(MODEL) - PART
+        fetch(courier, "north", report.model, store, CONFIG)
+    assert fetch(courier, "north", report.model, store, CONFIG) == 2 * len(MODEL) - PART
     assert store.has(report.model)
 
 
 def test_only_the_class_of_an_error_leaves(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, fail)
     handoff = hand_off(store)
-    deliver(courier, "north", handoff, store, PART)
+    deliver(courier, "north", handoff, store, CONFIG)
     with pytest.raises(SiteError, match="DataError") as caught:
         wait(courier, "north", handoff, CONFIG, lambda status: None)
     assert SECRET not in str(caught.value)
@@ -153,7 +154,7 @@ def test_only_the_class_of_an_error_leaves(home: SiteHome, store: ArtefactStore)
 def test_a_failed_hop_runs_again_in_a_new_attempt_only(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, fail)
     handoff = hand_off(store)
-    deliver(courier, "north", handoff, store, PART)
+    deliver(courier, "north", handoff, store, CONFIG)
     healthy = LoopbackCourier({"north": home}, double)
     repeated = {"handoff": to_bytes(handoff).decode(), "attempt": 7}
     first_failure = (home.hop_folder(HOP) / "attempt").read_text()
@@ -167,30 +168,30 @@ def test_a_killed_worker_is_started_again(home: SiteHome, store: ArtefactStore) 
     courier = LoopbackCourier({"north": home}, double)
     courier.start_work = lambda home, hop: None  # a worker that dies before it writes anything
     handoff = hand_off(store)
-    deliver(courier, "north", handoff, store, PART)
+    deliver(courier, "north", handoff, store, CONFIG)
     assert hop_status(home, HOP) == Status(state="failed", error="WorkerKilled")
     healthy = LoopbackCourier({"north": home}, double)
     assert wait(healthy, "north", handoff, CONFIG, lambda status: None).sender == "north"
     with pytest.raises(SiteError, match="WorkerKilled"):
         courier.call("north", Request("purge", {"keep": handoff.model.sha256}))
-        deliver(courier, "north", handoff, store, PART)
+        deliver(courier, "north", handoff, store, CONFIG)
         wait(courier, "north", handoff, CONFIG, lambda status: None)
     assert courier.calls.count(("north", "start")) == 2 + CONFIG.attempts
 
 
 def test_another_hand_off_of_the_same_name_starts_from_nothing(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, double)
-    deliver(courier, "north", hand_off(store), store, PART)
+    deliver(courier, "north", hand_off(store), store, CONFIG)
     (home.hop_folder(HOP) / "checkpoint").write_bytes(b"of the first")
     other = hand_off(store, plan_digest="1" * 64)
-    deliver(courier, "north", other, store, PART)
+    deliver(courier, "north", other, store, CONFIG)
     assert not (home.hop_folder(HOP) / "checkpoint").exists()
     assert wait(courier, "north", other, CONFIG, lambda status: None).plan_digest == "1" * 64
 
     lock = take_lock(home, HOP)  # as a worker would
     assert lock is not None
     with pytest.raises(SiteError, match="HopBusy"):
-        deliver(courier, "north", hand_off(store), store, PART)
+        deliver(courier, "north", hand_off(store), store, CONFIG)
     os.close(lock)
 
 
@@ -207,12 +208,12 @@ def test_a_site_that_stops_progressing_is_given_up(home: SiteHome, store: Artefa
 def test_what_is_refused(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, double)
     with pytest.raises(SiteError, match="ProtocolError"):  # for another site
-        deliver(courier, "north", hand_off(store, receiver="south"), store, PART)
+        deliver(courier, "north", hand_off(store, receiver="south"), store, CONFIG)
     undelivered = {"handoff": to_bytes(hand_off(store, model=Artefact(sha256="a" * 64, size_bytes=9))).decode()}
     with pytest.raises(SiteError, match="ProtocolError"):
         courier.call("north", Request("start", undelivered | {"attempt": 1}))
     with pytest.raises(SiteError, match="ProtocolError"):  # the model lies in the store, but no report names it
-        fetch(courier, "north", hand_off(store).model, ArtefactStore(home.root / "elsewhere"), PART)
+        fetch(courier, "north", hand_off(store).model, ArtefactStore(home.root / "elsewhere"), CONFIG)
     for hop in ("../../etc", "s00-train/..", ""):
         with pytest.raises(SiteError, match="ProtocolError"):
             courier.call("north", Request("status", {"hop": hop}))
@@ -223,25 +224,27 @@ def test_what_is_refused(home: SiteHome, store: ArtefactStore) -> None:
 def test_purge_leaves_what_is_kept(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, double)
     handoff = hand_off(store)
-    deliver(courier, "north", handoff, store, PART)
-    purge(courier, "north", {handoff.model.sha256})
+    deliver(courier, "north", handoff, store, CONFIG)
+    courier.call("north", Request("purge", {"keep": handoff.model.sha256}))
     assert [path.name for path in home.artefacts.folder.iterdir()] == [handoff.model.sha256]
-    purge(courier, "north", set())
+    courier.call("north", Request("purge", {"keep": ""}))
     assert list(home.artefacts.folder.iterdir()) == []
-    deliver(courier, "north", handoff, store, PART)  # done, but its result is gone: worked on again
+    deliver(courier, "north", handoff, store, CONFIG)  # done, but its result is gone: worked on again
     report = wait(courier, "north", handoff, CONFIG, lambda status: None)
     assert report.model is not None and home.artefacts.has(report.model)
 
 
-def test_every_verb_survives_the_wire() -> None:
+@pytest.mark.parametrize("version", VERBS)
+def test_every_verb_survives_the_wire(version: int) -> None:
     samples: dict[type, str | int] = {str: "", int: 7}
-    for verb, form in VERBS.items():
-        request = Request(verb, {k: samples[t] for k, t in form.asks.items()}, b"x" * 9 if form.part == "asks" else b"")
+    for verb, form in VERBS[version].items():
+        blob = b"x" * 9 if form.part == "asks" else b""
+        request = Request(verb, {k: samples[t] for k, t in form.asks.items()}, blob, 1 if verb == "hello" else version)
         assert decode_request(encode_request(request)) == request
         response = Response({k: samples[t] for k, t in form.answers.items()}, b"x" if form.part == "answers" else b"")
-        assert decode_response(encode_response(response), verb) == response
+        assert decode_response(encode_response(response), request) == response
         failure = Response({"error": "DataError"})
-        assert decode_response(encode_response(failure), verb) == failure
+        assert decode_response(encode_response(failure), request) == failure
 
 
 RAW = Array("uint8", (3,), "raw.bytes", b"abc")
@@ -256,6 +259,11 @@ STATUS = ConfigRecord({"verb": "status", "hop": HOP})
         RecordDict({"ctl": MetricRecord({"verb": 1})}),
         RecordDict({"ctl": ConfigRecord({"verb": "delete"})}),
         RecordDict({"ctl": ConfigRecord({"verb": "hello", "extra": 1})}),
+        RecordDict({"ctl": ConfigRecord({"verb": "hello", "protocol": 2})}),
+        RecordDict({"ctl": ConfigRecord({"verb": "status", "hop": HOP, "protocol": 0})}),
+        RecordDict({"ctl": ConfigRecord({"verb": "status", "hop": HOP, "protocol": 3})}),
+        RecordDict({"ctl": ConfigRecord({"verb": "status", "hop": HOP, "protocol": "2"})}),
+        RecordDict({"ctl": ConfigRecord({"verb": "abort", "hop": HOP})}),
         RecordDict({"ctl": ConfigRecord({"verb": "status"})}),
         RecordDict({"ctl": ConfigRecord({"verb": "status", "hop": 1})}),
         RecordDict({"ctl": ConfigRecord({"verb": "status", "hop": True})}),
@@ -277,9 +285,11 @@ def test_a_message_outside_the_protocol_is_refused(record: RecordDict) -> None:
 def test_an_answer_outside_the_protocol_is_refused() -> None:
     for fields in ({}, {"received": "1"}, {"received": 1, "path": "x"}, {"error": "E", "received": 1}):
         with pytest.raises(ProtocolError):
-            decode_response(RecordDict({"ctl": ConfigRecord(dict(fields))}), "put")
+            decode_response(RecordDict({"ctl": ConfigRecord(dict(fields))}), Request("put"))
     with pytest.raises(ProtocolError):
-        decode_response(RecordDict({"ctl": ConfigRecord({"error": "E"}), "part": ArrayRecord({"part": RAW})}), "get")
+        decode_response(
+            RecordDict({"ctl": ConfigRecord({"error": "E"}), "part": ArrayRecord({"part": RAW})}), Request("get")
+        )
 
 
 def test_a_desk_that_cannot_write_its_log_still_answers(home: SiteHome) -> None:

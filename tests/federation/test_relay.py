@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load, save
 from tests.federation.loopback import LoopbackCourier
 from tests.federation.plans import tiny_plan
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import sha256_file
+from invcoss_common.config import RelayConfig
 from invcoss_common.errors import PlanError, ProtocolError, SiteError, WeightsError
 from invcoss_common.weights import model_from_bytes, model_to_bytes
 from invcoss_server.relay import families, relay
@@ -51,10 +54,14 @@ def test_a_run_leaves_models_pools_matrix_and_report(finished):
     assert [events.count(kind) for kind in ("stage", "hop", "released")] == [3, 6, 3]
 
 
-def test_sites_keep_no_artefact_of_a_hop_that_is_done(finished):
+def test_a_site_keeps_the_artefacts_of_its_last_hop_only(finished):
     plan, out = finished
-    for site in plan.sites:
-        assert list((out / "sites" / site / "spool" / "artefacts").iterdir()) == []
+    state = RunState(out / "state.db", plan)
+    for hop in state.hops():
+        kept = {path.name for path in (out / "sites" / hop.site / "spool" / "artefacts").iterdir()}
+        last = max((h for h in state.hops() if h.site == hop.site), key=lambda h: h.stage)
+        asked, made = state.hand_off(last.hop), last.report
+        assert kept == {artefact.sha256 for artefact in (*asked.artefacts, *made.artefacts)}
 
 
 def test_a_finished_run_is_not_run_again(finished):
@@ -75,17 +82,76 @@ def test_same_plan_same_seed_same_weights_bit_for_bit(finished, tmp_path):
         assert sha256_file(tmp_path / f"{name}.safetensors") == sha256_file(out / f"{name}.safetensors")
 
 
+def wire_bytes(plan, out):
+    """Bytes of all hops (sent, received)."""
+    hops = RunState(out / "state.db", plan).hops()
+    return sum(hop.sent_bytes for hop in hops), sum(hop.received_bytes for hop in hops)
+
+
+@pytest.fixture(scope="module")
+def rounded(finished, tmp_path_factory):
+    """The run of `finished` with models in bfloat16 on the wire."""
+    out = tmp_path_factory.mktemp("rounded")
+    plan = finished[0].model_copy(update={"relay": RelayConfig(poll_s=0.02, wire_dtype="bfloat16")})
+    run(plan, out)
+    return plan, out
+
+
+def test_bfloat16_halves_what_crosses_and_the_run_keeps_float32(finished, rounded):
+    plan, out = rounded
+    state, store = RunState(out / "state.db", plan), ArtefactStore(out / "artefacts")
+    for number in range(3):
+        hop, stage = state.hop(f"s{number:02d}-train"), state.stage(number)
+        assert hop.report.model.size_bytes < 0.55 * stage.model.size_bytes
+        shape = (plan.model_shape, families(plan, range(number + 1)))
+        kept = model_from_bytes(store.path(stage.model).read_bytes(), *shape)
+        came = model_from_bytes(store.path(hop.report.model).read_bytes(), *shape, "bfloat16")
+        assert model_to_bytes(kept) == model_to_bytes(came)
+    for rounded_bytes, exact_bytes in zip(wire_bytes(*rounded), wire_bytes(*finished), strict=True):
+        assert 0.45 < rounded_bytes / exact_bytes < 0.6
+    exact, lossy = RunState(finished[1] / "state.db", finished[0]).losses(), state.losses()
+    assert lossy.keys() == exact.keys()
+    assert all(abs(lossy[key] - exact[key]) < 0.02 * exact[key] for key in exact)
+
+
+def test_bfloat16_is_deterministic_and_compression_changes_no_bit(rounded, tmp_path):
+    plan, out = rounded
+    config = plan.relay.model_copy(update={"compress": True, "part_mib": 1})
+    compressed = plan.model_copy(update={"relay": config})
+    run(compressed, tmp_path)
+    for name in ("model", "models/stage-01-ct", "pools/stage-02-pathology"):
+        assert sha256_file(tmp_path / f"{name}.safetensors") == sha256_file(out / f"{name}.safetensors")
+    for less, more in zip(wire_bytes(compressed, tmp_path), wire_bytes(plan, out), strict=True):
+        assert less < 0.8 * more
+
+
+def test_a_model_in_a_type_that_was_not_agreed_on_is_refused(tmp_path):
+    """Half the values in twice the width have the size of the right file, so it is looked into."""
+
+    def widened(data, handoff):
+        return data if handoff.wire_dtype == "float32" else half_as_float32(data)
+
+    plan = tiny_plan(("xray",), relay={"poll_s": 0.02, "wire_dtype": "bfloat16"})
+    with pytest.raises(WeightsError, match="bfloat16"):
+        run(plan, tmp_path, visit=spoiling(widened))
+
+
+def half_as_float32(data):
+    """The tensors of a bfloat16 file with their bytes read as half as many float32 values."""
+    return save({name: tensor.reshape(-1).view(torch.float32) for name, tensor in load(data).items()})
+
+
 class Killed(BaseException):
     """Stands for the end of a process: nothing in the code catches it."""
 
 
-@pytest.mark.parametrize("at", ["put", "start", "status", "get", "purge"])
+@pytest.mark.parametrize("at", ["put", "start", "status", "get"])
 @pytest.mark.parametrize("acted_on", [True, False])
 def test_a_coordinator_killed_at_any_message_goes_on_and_ends_the_same(finished, tmp_path, at, acted_on):
     plan, out = finished
 
     class Dies(LoopbackCourier):
-        left = dict.fromkeys(("put", "start", "status", "get", "purge"), 1)
+        left = dict.fromkeys(("put", "start", "status", "get"), 1)
 
         def call(self, site, request):
             dying = request.verb == at and self.left[at] > 0
@@ -221,8 +287,11 @@ def test_the_coordinator_stores_nothing_of_the_sites_images(finished):
 
 def test_families_appear_once_in_order():
     plan = tiny_plan(("ct", "xray", "mri", "pathology"))
-    assert [geometry.family for geometry in families(plan, 3)] == [plan.geometry(0).family, plan.geometry(1).family]
-    assert families(plan, 0) == (plan.geometry(0),)
+    assert [geometry.family for geometry in families(plan, range(4))] == [
+        plan.geometry(0).family,
+        plan.geometry(1).family,
+    ]
+    assert families(plan, [0]) == (plan.geometry(0),)
 
 
 def test_artefacts_are_fetched_whole(finished):

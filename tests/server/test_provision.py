@@ -102,7 +102,8 @@ def test_the_server_certificate_is_for_the_given_hosts_and_servers_only(folder):
     server.verify_directly_issued_by(ca)
     names = extension(server, x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["relay.example.org"]
-    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address(host) for host in HOSTS[1:]]
+    addresses = [ipaddress.ip_address(host) for host in (*HOSTS[1:], "127.0.0.1")]  # the last for the gate
+    assert names.get_values_for_type(x509.IPAddress) == addresses
     assert list(extension(server, x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.SERVER_AUTH]
     assert extension(server, x509.BasicConstraints).value.ca is False
     assert extension(server, x509.KeyUsage).value.key_cert_sign is False

@@ -1,0 +1,189 @@
+"""What runs at the coordinator: the SuperLink and its SuperExec on loopback, the gate before them, and the runs.
+
+FOLDER/flower/      Flower's own state, which may be lost: the register and the runs' states are the truth
+FOLDER/log/         what each process says
+FOLDER/service.lock, service.pids
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invcoss_common.bundle import FEDERATION
+from invcoss_common.canonical import write_atomic
+from invcoss_common.errors import InvcossError
+from invcoss_common.supervise import (
+    Program,
+    Supervisor,
+    alone,
+    flower_environment,
+    free_port,
+    program_path,
+    stop_on_signals,
+)
+from invcoss_server.flower_run import call_flower, is_healthy
+from invcoss_server.provision import Consortium, load_consortium, sites
+from invcoss_server.runs import CONSORTIUM, OUTCOME, Run, names, open_run
+
+LOOK_S = 2.0
+STARTING_S = 60.0  # longest from Flower's taking a run to the relay's being alive
+FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # between two attempts of a run that may heal by itself
+HEALING = ("SiteUnreachable",)
+
+CONNECTION = """\
+[superlink]
+default = "federation"
+[superlink.federation]
+address = "127.0.0.1:{port}"
+root-certificates = {ca}
+"""
+
+
+@dataclass
+class _Attempt:
+    """The last attempt of a run that this service started; `seen` is whether its relay was ever alive."""
+
+    flower_run: str = ""
+    started: float = 0.0
+    seen: bool = False
+    pause_s: float = FIRST_RETRY_S
+    due: float = 0.0
+
+
+class Service:
+    """The coordinator's processes and what has to be seen to between them."""
+
+    def __init__(self, folder: Path, listen: str, say: Callable[[str], None]) -> None:
+        self.folder = folder.resolve()
+        self.consortium: Consortium = load_consortium(folder)
+        self.listen = listen
+        self.say = say
+        self.flower = self.folder / "flower"
+        self.port = free_port()
+        self.env = {**flower_environment(self.flower), CONSORTIUM: str(self.folder)}
+        self.attempts: dict[str, _Attempt] = {}
+        self.due = 0.0
+
+    def serve(self) -> None:
+        """Run until a signal asks to end; raises InvcossError when the service of this folder runs already."""
+        with alone(self.folder / "service.lock", f"{self.folder}: the service of this consortium runs already"):
+            self._prepare()
+            supervisor = Supervisor(self._programs(), self._on_end, self.folder / "service.pids")
+            self.say(
+                f"consortium {self.consortium.name}: sites connect to {self.consortium.address}; "
+                f"logs in {self.folder / 'log'}"
+            )
+            supervisor.run(stop_on_signals(), self._look)
+
+    def _prepare(self) -> None:
+        write_atomic(self.flower / "superexec.secret", secrets.token_bytes(32))
+        write_atomic(self.flower / "app" / "pyproject.toml", FEDERATION.encode())
+        ca = json.dumps(str(self.folder / "pki" / "ca.crt"))
+        write_atomic(self.flower / "config.toml", CONNECTION.format(port=self.port, ca=ca).encode())
+
+    def _programs(self) -> list[Program]:
+        pki, log = self.folder / "pki", self.folder / "log"
+        secret = ("--superexec-auth-secret-file", str(self.flower / "superexec.secret"))
+        superlink = (
+            program_path("flower-superlink"),
+            *("--ssl-ca-certfile", str(pki / "ca.crt")),
+            *("--ssl-certfile", str(pki / "server.crt"), "--ssl-keyfile", str(pki / "server.key")),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--database", str(self.flower / "superlink.db")),
+            *("--isolation", "process"),
+            *secret,
+        )
+        superexec = (
+            program_path("flower-superexec"),
+            *("--runtime-api-address", f"127.0.0.1:{self.port}", "--root-certificates", str(pki / "ca.crt")),
+            *secret,
+        )
+        gate = (sys.executable, "-m", "invcoss_server.gate", str(self.folder), str(self.port), "--listen", self.listen)
+        return [
+            Program("superlink", superlink, self.env, log / "superlink.log"),
+            Program("superexec", superexec, self.env, log / "superexec.log"),
+            Program("gate", gate, self.env, log / "gate.log"),
+        ]
+
+    def _on_end(self, name: str, status: int, end: str) -> None:
+        self.say(f"{name} ended with status {status} and is started again; {self.folder / 'log' / name}.log says:")
+        for line in end.splitlines():
+            self.say(f"  {line}")
+
+    def _look(self) -> None:
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + LOOK_S
+        if not is_healthy(self.port, self.folder / "pki" / "ca.crt"):
+            return
+        with suppress(InvcossError):  # Flower was just killed; there is a next look
+            self._register()
+            for name in names(self.folder):
+                self._see_to(name, open_run(self.folder, name))
+
+    def _register(self) -> None:
+        """Make Flower let in the nodes of the register's valid keys, and no others."""
+        file = self.flower / "nodes.json"
+        nodes: dict[str, int] = json.loads(file.read_bytes()) if file.exists() else {}
+        before = dict(nodes)
+        for site in sites(self.folder):
+            key = site.node_key_sha256
+            if site.revoked is None and key not in nodes:
+                nodes[key] = self._register_key(site.name, site.node_key)
+                self.say(f"site {site.name} may connect")
+            elif site.revoked is not None and (node := nodes.pop(key, 0)):
+                self._flower("supernode", "unregister", str(node))
+                self.say(f"a key of site {site.name} is revoked")
+        if nodes != before:
+            write_atomic(file, json.dumps(nodes).encode())
+
+    def _register_key(self, name: str, key: str) -> int:
+        with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
+            file.write(key)
+            file.flush()
+            try:
+                return int(self._flower("supernode", "register", file.name, "--name", name)["node-id"])
+            except InvcossError as error:
+                if "already" not in str(error):
+                    raise
+                return 0  # registered before a kill that came between Flower and us; the gate refuses it when revoked
+
+    def _see_to(self, name: str, run: Run) -> None:
+        """Start an attempt of a run that shall go on and does not."""
+        attempt = self.attempts.setdefault(name, _Attempt())
+        if run.is_alive():
+            attempt.seen = True
+            return
+        if run.is_done() or run.state.wanted() != "running":
+            return
+        outcome = run.outcome()
+        if outcome is not None and outcome.error and outcome.error not in HEALING:
+            return  # somebody must look into it; `resume` takes the outcome away
+        starting = attempt.started and not attempt.seen and time.monotonic() - attempt.started < STARTING_S
+        if (outcome is None and starting) or time.monotonic() < attempt.due:
+            return
+        if attempt.seen and outcome is None:
+            self.say(f"run {name}: its relay was killed")
+        if attempt.flower_run:
+            with suppress(InvcossError):  # it is over already
+                self._flower("stop", attempt.flower_run)
+        failed = outcome is not None and bool(outcome.error)
+        pause = min(2 * attempt.pause_s, LONGEST_RETRY_S) if failed else FIRST_RETRY_S
+        (run.folder / OUTCOME).unlink(missing_ok=True)
+        started = str(self._flower("run", "app", "-c", f"run={json.dumps(name)}")["run-id"])
+        self.attempts[name] = _Attempt(started, time.monotonic(), False, pause, time.monotonic() + pause)
+        self.say(f"run {name}: the relay goes on")
+
+    def _flower(self, *arguments: str) -> dict[str, Any]:
+        return call_flower(self.env, self.flower, *arguments)

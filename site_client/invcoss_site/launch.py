@@ -1,0 +1,75 @@
+"""The pinned launcher: what a site runs in place of Flower's `flwr-clientapp`.
+
+Flower's SuperExec finds the program for a task through PATH, and that program would unpack the coordinator's app bundle
+and run the code in it. A site puts `launcher_folder` first in PATH: the bundle is only looked at, the installed wheel
+answers, and every other kind of task is refused. Two names that Flower does not declare public are replaced; a test
+holds them against each version of Flower that is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import flwr.supernode.runtime.run_clientapp as runtime
+from flwr.clientapp import ClientApp
+from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+from invcoss_common.bundle import check_bundle
+
+REFUSED_TASKS = ("flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
+
+
+def check_only(fab_content: bytes, **_: object) -> None:
+    """In place of unpacking a bundle; raises BundleRefused, whose text goes to the coordinator."""
+    check_bundle(fab_content)
+
+
+def load_installed(**_: object) -> Callable[[str, str, str], ClientApp]:
+    """In place of loading the bundle's code."""
+
+    def load(fab_id: str, fab_version: str, fab_hash: str) -> ClientApp:
+        try:
+            from invcoss_site.app import app
+        except Exception:
+            traceback.print_exc()
+            raise RuntimeError("the site's software can't be loaded") from None  # Flower would send the error's text
+        return app
+
+    return load
+
+
+REPLACED = {"install_from_fab": check_only, "get_load_client_app_fn": load_installed}  # names in `runtime`
+
+
+def launcher_folder(folder: Path) -> Path:
+    """Make `folder` with the programs that SuperExec may start; returns it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run = f'exec "{sys.executable}" -I -m invcoss_site.launch "$@"'
+    refuse = "echo 'this site runs no task of this kind' >&2; exit 1"
+    for name in ("flwr-clientapp", *REFUSED_TASKS):
+        draft = folder / f".{name}"
+        draft.write_text(f"#!/bin/sh\n{run if name == 'flwr-clientapp' else refuse}\n", encoding="utf-8")
+        draft.chmod(0o700)
+        draft.replace(folder / name)
+    return folder
+
+
+def missing_names() -> list[str]:
+    """Which of the names that are replaced this Flower does not have; none, or the site must not run."""
+    return [name for name in REPLACED if not callable(getattr(runtime, name, None))]
+
+
+def main() -> None:
+    """Run one task of SuperExec, with the site's umask."""
+    os.umask(0o077)
+    for name, ours in REPLACED.items():
+        setattr(runtime, name, ours)
+    flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()
