@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ LOOK_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0  # before a process that ended is started again
 STEADY_S = 60.0  # one that ran so long is started again after the first pause
 MAX_LOG_BYTES = 32 << 20  # a log larger than this is moved aside when its process starts
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 OnEnd = Callable[[str, int, str], None]
 
@@ -188,7 +190,7 @@ def tail(log: Path, lines: int = 5, most_bytes: int = 4096) -> str:
         file.seek(max(file.seek(0, os.SEEK_END) - most_bytes, 0))
         text = file.read().decode(errors="replace")
         kept = [line for line in text.splitlines() if line.strip()][-lines:]
-        return "\n".join("".join(c for c in line if c.isprintable()) for line in kept)
+        return "\n".join("".join(c for c in COLOUR.sub("", line) if c.isprintable()) for line in kept)
     return ""
 
 

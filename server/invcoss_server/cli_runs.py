@@ -77,7 +77,8 @@ def status(
     if not is_served(folder):
         console.print("the service does not run; invcoss-server start", style="bold")
     for line in lines:
-        table = Table("stage", "modality", "site", "state", "site last heard", title=f"run {line.run}: {line.state}")
+        stands = f"{line.state} (for run {line.waits_for})" if line.waits_for else line.state
+        table = Table("stage", "modality", "site", "state", "site last heard", title=f"run {line.run}: {stands}")
         for stage in line.stages:
             heard = "never" if stage.heard_s is None else f"{stage.heard_s:.0f} s ago"
             state = f"{stage.state} ({stage.error})" if stage.error else stage.state
@@ -166,11 +167,13 @@ def _watch(folder: Path, name: str, detach: bool, as_json: bool) -> None:
     from invcoss_server.cli import show_result
     from invcoss_server.follow import follow, is_served
     from invcoss_server.progress import ProgressView
-    from invcoss_server.runs import open_run
+    from invcoss_server.runs import in_the_way, open_run
 
     found = open_run(folder, name)
     if not is_served(folder):
         _say(f"the service does not run; the run begins with: invcoss-server start {folder}")
+    elif not found.is_alive() and (other := in_the_way(folder, found)):
+        _say(f"run {name} begins when run {other} is over, which is at one of its sites")
     if detach:
         return
     with nullcontext() if as_json else ProgressView(found.plan) as view:

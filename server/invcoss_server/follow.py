@@ -11,7 +11,7 @@ from typing import Any
 from invcoss_common.supervise import is_locked
 from invcoss_server.events import Tail
 from invcoss_server.gate import read_seen
-from invcoss_server.runs import EVENTS, Run, names, open_run, raise_outcome
+from invcoss_server.runs import EVENTS, Run, in_the_way, names, open_run, raise_outcome
 from invcoss_server.service import HEALING
 
 LOOK_S = 0.3
@@ -31,10 +31,14 @@ class StageLine:
 
 @dataclass(frozen=True)
 class RunLine:
-    """Where a run stands. `state`: running, waiting (to be started), paused, stopped, failed or finished."""
+    """Where a run stands. `state`: running, waiting (to be started), failed, finished, (being) paused or stopped.
+
+    `waits_for` names the run that a waiting one waits for, because it is at one of its sites.
+    """
 
     run: str
     state: str
+    waits_for: str
     doing: str
     error: str
     stages: tuple[StageLine, ...]
@@ -75,7 +79,8 @@ def describe(folder: Path, name: str) -> RunLine:
     else:
         state = "running" if run.is_alive() else "failed" if failed else "waiting"
     text = outcome.text or outcome.error if outcome is not None and outcome.error != "RunHalted" else ""
-    return RunLine(name, state, _words(last) if state == "running" else "", text, tuple(stages))
+    waits_for = in_the_way(folder, run) if state == "waiting" else ""
+    return RunLine(name, state, waits_for, _words(last) if state == "running" else "", text, tuple(stages))
 
 
 def describe_all(folder: Path) -> list[RunLine]:

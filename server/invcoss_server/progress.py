@@ -72,6 +72,10 @@ class ProgressView:
                 self._say(
                     f"  {event['hop']}: held-out loss {event['loss']:.3f} at {event['site']} ({mib:.1f} MiB sent)"
                 )
+            case "absent":
+                self._say(f"  site {event['site']} is away; waiting for it")
+            case "skipped":
+                self._say(f"  left out: the run goes on without site {event['site']}")
             case "closed":
                 self._say(f"  {event['hop']}: {event['site']} lets no artefact cross now; waiting until it does")
             case "fallback":

@@ -63,6 +63,7 @@ def relay(plan: Plan, courier: Courier, out: Path, synthesise: Synthesise = synt
     )
     for number, stage in enumerate(plan.stages):
         if run.state.stage(number).state in ("released", "skipped"):
+            finish(run, number)
             continue
         run.events.add("stage", stage=number, stages=len(plan.stages), site=stage.site, modality=stage.modality)
         try:
@@ -276,14 +277,21 @@ def publish(run: Run, number: int) -> None:
     """Put the model and pool of a released stage where people look for them, and write the report."""
     stage = run.state.stage(number)
     assert stage.model and stage.pool
-    name = f"stage-{number:02d}-{run.plan.stages[number].modality}.safetensors"
-    for artefact, path in (
-        (stage.model, run.out / "models" / name),
-        (stage.model, run.out / "model.safetensors"),
-        (stage.pool, run.out / "pools" / name),
-    ):
-        link(run.store.path(artefact), path)
+    link(run.store.path(stage.model), run.out / "model.safetensors")
+    link(run.store.path(stage.pool), run.out / "pools" / published(run, number).name)
     write_report(run.plan, run.state, run.store, run.out)
+    link(run.store.path(stage.model), published(run, number))  # last: it tells that all is done
+
+
+def published(run: Run, number: int) -> Path:
+    """Where people find the model of a stage."""
+    return run.out / "models" / f"stage-{number:02d}-{run.plan.stages[number].modality}.safetensors"
+
+
+def finish(run: Run, number: int) -> None:
+    """Publish a released stage if a kill came before."""
+    if run.state.stage(number).state == "released" and not published(run, number).exists():
+        publish(run, number)
 
 
 def link(source: Path, path: Path) -> None:

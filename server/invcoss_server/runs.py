@@ -8,6 +8,7 @@ FOLDER/runs/NAME/   state.db, events.jsonl, artefacts, models, pools, report.htm
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,15 @@ class Run:
         """Whether a process runs the relay now."""
         return is_locked(self.folder / LOCK)
 
+    def sites(self) -> set[str]:
+        """The sites that the run still asks."""
+        return set(self.plan.sites) - self.state.skipped_sites()
+
     def is_done(self) -> bool:
-        """Whether every stage is released or skipped."""
-        return all(self.state.stage(n).state in ("released", "skipped") for n in range(len(self.plan.stages)))
+        """Whether the relay ended well: every stage is released or skipped, and published."""
+        stages = range(len(self.plan.stages))
+        done = all(self.state.stage(number).state in ("released", "skipped") for number in stages)
+        return done and self.outcome() == Outcome()
 
 
 def open_run(folder: Path, name: str) -> Run:
@@ -104,9 +111,9 @@ def add_stages(folder: Path, plan: Plan) -> Run:
 
 
 def resume(run: Run) -> None:
-    """Have a run go on, also after an error that ended it."""
+    """Have a run go on, also after an error that ended it; one that is done stays so."""
     run.state.want("running")
-    if not run.is_alive():
+    if not run.is_alive() and not run.is_done():
         (run.folder / OUTCOME).unlink(missing_ok=True)
 
 
@@ -117,6 +124,14 @@ def skip_site(run: Run, site: str) -> None:
     run.state.skip(site)
     if run.state.wanted() == "running":
         resume(run)
+
+
+def in_the_way(folder: Path, run: Run, is_busy: Callable[[Run], bool] = Run.is_alive) -> str:
+    """Another run that is busy at one of this run's sites, "" if there is none: a site serves one run at a time."""
+    for name in names(folder):
+        if name != run.plan.name and is_busy(other := open_run(folder, name)) and other.sites() & run.sites():
+            return name
+    return ""
 
 
 def check_enrolled(folder: Path, plan: Plan) -> None:

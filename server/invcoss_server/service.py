@@ -20,6 +20,7 @@ from typing import Any
 
 from invcoss_common.bundle import FEDERATION
 from invcoss_common.canonical import write_atomic
+from invcoss_common.config import RelayConfig
 from invcoss_common.errors import InvcossError
 from invcoss_common.supervise import (
     Program,
@@ -32,12 +33,12 @@ from invcoss_common.supervise import (
 )
 from invcoss_server.flower_run import call_flower, is_healthy
 from invcoss_server.provision import Consortium, load_consortium, sites
-from invcoss_server.runs import CONSORTIUM, OUTCOME, Run, names, open_run
+from invcoss_server.runs import CONSORTIUM, OUTCOME, Run, in_the_way, names, open_run
 
 LOOK_S = 2.0
 STARTING_S = 60.0  # longest from Flower's taking a run to the relay's being alive
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # between two attempts of a run that may heal by itself
-HEALING = ("SiteUnreachable",)
+HEALING = ("SiteUnreachable", "RunHalted")  # the latter of a run that was paused and resumed within a moment
 
 CONNECTION = """\
 [superlink]
@@ -50,13 +51,17 @@ root-certificates = {ca}
 
 @dataclass
 class _Attempt:
-    """The last attempt of a run that this service started; `seen` is whether its relay was ever alive."""
+    """The last attempt of a run that this service started; `seen` is whether its relay was ever alive.
+
+    `waits_for` names the run that keeps the next attempt waiting, and that the operator was told of.
+    """
 
     flower_run: str = ""
     started: float = 0.0
     seen: bool = False
     pause_s: float = FIRST_RETRY_S
     due: float = 0.0
+    waits_for: str = ""
 
 
 class Service:
@@ -160,30 +165,50 @@ class Service:
                 return 0  # registered before a kill that came between Flower and us; the gate refuses it when revoked
 
     def _see_to(self, name: str, run: Run) -> None:
-        """Start an attempt of a run that shall go on and does not."""
+        """Start an attempt of a run that shall go on, does not, and has its sites for itself."""
         attempt = self.attempts.setdefault(name, _Attempt())
         if run.is_alive():
             attempt.seen = True
             return
-        if run.is_done() or run.state.wanted() != "running":
-            return
         outcome = run.outcome()
-        if outcome is not None and outcome.error and outcome.error not in HEALING:
-            return  # somebody must look into it; `resume` takes the outcome away
-        starting = attempt.started and not attempt.seen and time.monotonic() - attempt.started < STARTING_S
-        if (outcome is None and starting) or time.monotonic() < attempt.due:
+        error = outcome.error if outcome is not None else ""
+        if run.is_done() or run.state.wanted() != "running" or (error and error not in HEALING):
+            self.attempts[name] = _Attempt(attempt.flower_run)  # it goes on when the operator wants it to
+            return
+        if self._is_starting(run) or time.monotonic() < attempt.due:
+            return
+        if other := in_the_way(self.folder, run, lambda run: run.is_alive() or self._is_starting(run)):
+            if other != attempt.waits_for:
+                self.say(f"run {name} waits for run {other}, which is at one of its sites")
+            attempt.waits_for = other
             return
         if attempt.seen and outcome is None:
             self.say(f"run {name}: its relay was killed")
         if attempt.flower_run:
             with suppress(InvcossError):  # it is over already
                 self._flower("stop", attempt.flower_run)
-        failed = outcome is not None and bool(outcome.error)
-        pause = min(2 * attempt.pause_s, LONGEST_RETRY_S) if failed else FIRST_RETRY_S
+        pause = min(2 * attempt.pause_s, LONGEST_RETRY_S) if error else FIRST_RETRY_S
         (run.folder / OUTCOME).unlink(missing_ok=True)
         started = str(self._flower("run", "app", "-c", f"run={json.dumps(name)}")["run-id"])
         self.attempts[name] = _Attempt(started, time.monotonic(), False, pause, time.monotonic() + pause)
-        self.say(f"run {name}: the relay goes on")
+        verb = "starts" if run.state.stage(0).state == "waiting" else "goes on"
+        self.say(f"run {name}: the relay {verb}; {time_outs(run.plan.relay)}")
+
+    def _is_starting(self, run: Run) -> bool:
+        """Whether Flower took the run a moment ago, and neither its relay nor its outcome was seen."""
+        attempt = self.attempts.get(run.plan.name, _Attempt())
+        new = attempt.started and not attempt.seen and time.monotonic() - attempt.started < STARTING_S
+        return bool(new) and run.outcome() is None
 
     def _flower(self, *arguments: str) -> dict[str, Any]:
         return call_flower(self.env, self.flower, *arguments)
+
+
+def time_outs(relay: RelayConfig) -> str:
+    """The time-outs of a run in one line, by their names in the plan."""
+    absent = "" if relay.skip_absent_s is None else f" {relay.skip_absent_s:g} s, then goes on without it"
+    return (
+        f"asks a site again after {relay.answer_s:g} s without an answer (answer_s), "
+        f"begins anew after {relay.stall_timeout_s:g} s without progress (stall_timeout_s), "
+        f"waits for an absent site{absent or ' without limit'} (skip_absent_s)"
+    )

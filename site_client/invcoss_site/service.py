@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,15 @@ from invcoss_common.supervise import (
     free_port,
     program_path,
     stop_on_signals,
+    tail,
 )
 from invcoss_site.enrol import check_authority, load_authority, load_join
 from invcoss_site.home import SiteHome, load_home
 
 Part = Literal["all", "agent", "network"]
+
+REFUSED = re.compile(r"^\[code: 2004\] (.*)", re.MULTILINE)  # so a SuperNode logs that it was not let in
+TELL_AGAIN_S = 600.0
 
 
 def serve(root: Path, part: Part, say: Callable[[str], None]) -> None:
@@ -48,14 +54,41 @@ def serve(root: Path, part: Part, say: Callable[[str], None]) -> None:
             programs += _network(home, joined.address)
         stop = stop_on_signals()
 
-        def on_end(name: str, status: int, end: str) -> None:
-            say(f"{name} ended with status {status} and is started again; its log says:")
-            for line in end.splitlines():
-                say(f"  {line}")
-
-        supervisor = Supervisor(programs, on_end, home.root / f"{part}.pids")
+        supervisor = Supervisor(programs, _Ends(home, say), home.root / f"{part}.pids")
         say(f"site {home.name} serves consortium {joined.consortium} at {joined.address}; logs in {home.log}")
         supervisor.run(stop)
+
+
+class _Ends:
+    """Says why a program ended; that the coordinator does not let the site in is said once, then from time to time."""
+
+    def __init__(self, home: SiteHome, say: Callable[[str], None]) -> None:
+        self.home = home
+        self.say = say
+        self.refusal, self.told = "", 0.0
+
+    def __call__(self, name: str, status: int, end: str) -> None:
+        why = refusal(tail(self.home.log / "supernode.log", lines=20)) if name == "supernode" else ""
+        if not why:
+            self.say(
+                f"site {self.home.name}: {name} ended with status {status} and is started again; "
+                f"{self.home.log / name}.log says:"
+            )
+            for line in end.splitlines():
+                self.say(f"  {line}")
+        elif why != self.refusal or time.monotonic() - self.told > TELL_AGAIN_S:
+            self.say(f"site {self.home.name}: {why}; it tries again, and invcoss-site doctor says how it stands")
+            self.refusal, self.told = why, time.monotonic()
+
+
+def refusal(log_end: str) -> str:
+    """In plain words, why the coordinator did not let in the SuperNode whose log ends so; "" if it ended otherwise."""
+    found = REFUSED.search(log_end.rpartition("Starting Flower SuperNode")[2])
+    if found is None:
+        return ""
+    if found[1].startswith("Failed to activate"):  # Flower's own words; the gate's say more
+        return "the coordinator does not let this site in yet, as happens for a moment after enrolment or a crash"
+    return f"the coordinator does not let this site in: {found[1]}"
 
 
 def _agent(home: SiteHome) -> Program:

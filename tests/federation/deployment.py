@@ -84,7 +84,7 @@ class Deployment:
 
     def start(self, name: str = "coordinator") -> None:
         """Start the service of the coordinator or of a site."""
-        command = (
+        command: list[str | Path] = (
             [BIN / "invcoss-server", "start", self.consortium, "--listen", "127.0.0.1"]
             if name == "coordinator"
             else [BIN / "invcoss-site", "start", self.home_folder(name)]
