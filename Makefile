@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/invcoss-server simulate plans/demo.toml
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 fast: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 install: $(VENV)/.dev
 

@@ -175,7 +175,8 @@ def _software() -> str:
             "install the version of flwr that came with InvCoSS-relay"
         )
     with tempfile.TemporaryDirectory() as folder:
-        app = Path(folder)
+        app = Path(folder) / "app"  # Flower refuses a name with an underscore, which a temporary folder may have
+        app.mkdir()
         (app / "pyproject.toml").write_text(FEDERATION, encoding="utf-8")
         command = (program_path("flwr"), "build", "--app", str(app))
         env = flower_environment(app / "home")
