@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/invcoss-server simulate plans/demo.toml
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 install: $(VENV)/.dev
 

@@ -178,8 +178,8 @@ def page(figures: dict[str, float], peace: list[Relay], relays: list[Relay]) -> 
             "",
             f"{figures['kills']:.0f} times `kill -9` of one process and {figures['power_cuts']:.0f} times of all at "
             f"once, over {figures['relays']:.0f} relays of two stages through a real deployment (SuperLink, gate, two "
-            "sites, TLS, node authentication) on one machine. Nothing was repaired by hand: services start again what ended, "
-            "and after a power cut only the services were started.",
+            "sites, TLS, node authentication) on one machine. Nothing was repaired by hand: services start again what "
+            "ended, and after a power cut only the services were started.",
             "",
             f"- completed: **{figures['completed_share']:.0%}** of the relays; every stage and evaluation in the state "
             f"exactly once: **{figures['once_share']:.0%}**",

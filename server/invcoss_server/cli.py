@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 from rich.console import Console
 
 from invcoss_common.artefacts import ArtefactStore
+from invcoss_common.command import AsJson, run_command, tell
 from invcoss_common.config import Plan, load_plan
-from invcoss_common.errors import CredentialError, InvcossError, PlanError
+from invcoss_common.errors import CredentialError, PlanError
 from invcoss_server.cli_runs import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -44,7 +44,9 @@ def simulate(
 
 
 @app.command()
-def report(plan: PlanFile, out: Annotated[Path | None, typer.Option(help="run folder")] = None) -> None:
+def report(
+    plan: PlanFile, out: Annotated[Path | None, typer.Option(help="run folder")] = None, as_json: AsJson = False
+) -> None:
     """Write the report of a run again and print its forgetting matrix; the run may be unfinished."""
     from invcoss_server.report import write_report
     from invcoss_server.state import RunState
@@ -54,15 +56,18 @@ def report(plan: PlanFile, out: Annotated[Path | None, typer.Option(help="run fo
     if not (folder / "state.db").exists():
         raise PlanError(f"{folder}: no run here; name its folder with --out")
     write_report(loaded, RunState(folder / "state.db", loaded), ArtefactStore(folder / "artefacts"), folder)
-    show_result(loaded, folder, as_json=False)
+    show_result(loaded, folder, as_json)
 
 
 @app.command()
-def check_plan(plan: PlanFile) -> None:
+def check_plan(plan: PlanFile, as_json: AsJson = False) -> None:
     """Check a plan and print what it amounts to."""
     from rich.table import Table
 
     loaded = load_plan(plan)
+    if as_json:
+        print(json.dumps({"digest": loaded.digest(), "plan": loaded.model_dump(mode="json")}))
+        return
     table = Table(
         "stage", "site", "modality", "input", "patch", "tokens", "length", title=f"{loaded.name} ({loaded.size})"
     )
@@ -77,7 +82,9 @@ def check_plan(plan: PlanFile) -> None:
 
 @app.command()
 def check_model(
-    plan: PlanFile, model: Annotated[Path, typer.Argument(metavar="MODEL", help="safetensors file")]
+    plan: PlanFile,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="safetensors file")],
+    as_json: AsJson = False,
 ) -> None:
     """Check that a model file is one of this plan after its last stage: names, shapes, types, finite values."""
     from invcoss_common.weights import check_file, model_schema
@@ -86,7 +93,8 @@ def check_model(
     loaded = load_plan(plan)
     schema = model_schema(loaded.model_shape, families(loaded, range(len(loaded.stages))))
     check_file(model, schema)
-    print(f"{model}: {len(schema)} tensors, as the plan has them")
+    values: dict[str, object] = {"model": str(model), "tensors": len(schema)}
+    tell(as_json, values, f"{model}: {len(schema)} tensors, as the plan has them")
 
 
 @app.command()
@@ -97,24 +105,32 @@ def init(
         list[str], typer.Option(help="DNS name or IP address of the coordinator; sites use the first; may be repeated")
     ],
     port: Annotated[int, typer.Option(help="TCP port that sites connect to")] = 443,
+    as_json: AsJson = False,
 ) -> None:
     """Make a consortium: certificate authority, server certificate, coordinator's key, empty register of sites."""
     from invcoss_common.keys import fingerprint
     from invcoss_server.provision import coordinator_digest, init_consortium
 
     made = init_consortium(folder, name, tuple(host), port)
-    print(f"consortium {made.name} in {folder}; sites will connect to {made.address}")
-    print(f"back up {folder}; its keys are in {folder / 'pki'} and leave this machine for nothing else")
-    print(f"compare by phone, coordinator's key: {fingerprint(coordinator_digest(folder))}")
+    digest = coordinator_digest(folder)
+    tell(
+        as_json,
+        {"consortium": made.name, "address": made.address, "coordinator_key_sha256": digest},
+        f"consortium {made.name} in {folder}; sites will connect to {made.address}",
+        f"back up {folder}; its keys are in {folder / 'pki'} and leave this machine for nothing else",
+        f"compare by phone, coordinator's key: {fingerprint(digest)}",
+    )
 
 
 @app.command()
-def renew_certificate(folder: ConsortiumFolder) -> None:
-    """Renew the server certificate, for 13 months; sites notice nothing. Reload the server afterwards."""
+def renew_certificate(folder: ConsortiumFolder, as_json: AsJson = False) -> None:
+    """Renew the server certificate, for 13 months; sites notice nothing."""
     from invcoss_server.provision import renew_server_certificate
 
     end = renew_server_certificate(folder)
-    print(f"{folder / 'pki' / 'server.crt'} is valid until {end:%Y-%m-%d}; reload what serves it")
+    file = folder / "pki" / "server.crt"
+    values: dict[str, object] = {"certificate": str(file), "valid_until": f"{end:%Y-%m-%d}"}
+    tell(as_json, values, f"{file} is valid until {end:%Y-%m-%d}; start the service again to show it")
 
 
 @app.command()
@@ -128,6 +144,7 @@ def enrol_site(
     fingerprint: Annotated[
         str | None, typer.Option(help="of the site's signing key, as the site read it out; refused if it differs")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Enrol sites by their requests and write a join file for each; no other site is touched."""
     from invcoss_common.enrolment import read_enrolment_file, write_enrolment_file
@@ -140,28 +157,34 @@ def enrol_site(
         joined = enrol_site(folder, read_enrolment_file(request), replace, fingerprint)
         path = out or Path(f"join-{joined.site}.json")
         write_enrolment_file(joined, path)
-        print(f"site {joined.site} is enrolled; send it {path}")
-        print("compare these by phone; if one differs, revoke the site at once:")
-        print(f"  site's signing key: {grouped(joined.signing_key_sha256)}")
-        print(f"  site's node key:    {grouped(joined.node_key_sha256)}")
-        print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
+        tell(
+            as_json,
+            {"site": joined.site, "join_file": str(path), "signing_key_sha256": joined.signing_key_sha256},
+            f"site {joined.site} is enrolled; send it {path}",
+            "compare these by phone; if one differs, revoke the site at once:",
+            f"  site's signing key: {grouped(joined.signing_key_sha256)}",
+            f"  site's node key:    {grouped(joined.node_key_sha256)}",
+            f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}",
+        )
 
 
 @app.command()
 def revoke_site(
-    folder: ConsortiumFolder, name: Annotated[str, typer.Argument(metavar="NAME", help="name of the site")]
+    folder: ConsortiumFolder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the site")],
+    as_json: AsJson = False,
 ) -> None:
     """Revoke a site's keys, for ever; no other site is touched."""
     from invcoss_server.provision import revoke_site
 
     revoke_site(folder, name)
-    print(f"site {name} is revoked")
+    tell(as_json, {"site": name, "revoked": True}, f"site {name} is revoked")
 
 
 @app.command()
 def sites(
     folder: ConsortiumFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="print every pair of keys as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the sites and every key they have or had."""
     from dataclasses import asdict
@@ -202,12 +225,5 @@ def show_result(plan: Plan, folder: Path, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; an InvcossError ends it with one line on stderr and the error's exit code."""
-    try:
-        app()
-    except InvcossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    """Run the command line."""
+    run_command(app)

@@ -14,24 +14,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from invcoss_common.command import AsJson, service_says, tell
 from invcoss_common.config import load_plan
 
 commands = typer.Typer()
 
 ConsortiumFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the consortium's folder")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="name of the run, which is its plan's")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @commands.command()
 def start(
     folder: ConsortiumFolder,
     listen: Annotated[str, typer.Option(help="address of the interface that the gate listens on")] = "0.0.0.0",  # noqa: S104
+    as_json: AsJson = False,
 ) -> None:
     """Serve the consortium until interrupted: SuperLink on loopback, the gate for its sites, and the runs."""
     from invcoss_server.service import Service  # here and below, because they need seconds to import
 
-    Service(folder, listen, _say).serve()
+    Service(folder, listen, service_says(as_json)).serve()
 
 
 @commands.command()
@@ -98,41 +99,46 @@ def doctor(folder: ConsortiumFolder, as_json: AsJson = False) -> None:
 
 
 @commands.command()
-def pause(folder: ConsortiumFolder, name: RunName) -> None:
+def pause(folder: ConsortiumFolder, name: RunName, as_json: AsJson = False) -> None:
     """Take no further step of a run; what a site works on now it finishes and keeps."""
     from invcoss_server.runs import open_run
 
     open_run(folder, name).state.want("paused")
-    print(f"run {name} is paused; invcoss-server resume goes on with it")
+    text = f"run {name} is paused; invcoss-server resume goes on with it"
+    tell(as_json, {"run": name, "wanted": "paused"}, text)
 
 
 @commands.command()
-def resume(folder: ConsortiumFolder, name: RunName) -> None:
+def resume(folder: ConsortiumFolder, name: RunName, as_json: AsJson = False) -> None:
     """Go on with a run that was paused, stopped, or failed."""
     from invcoss_server.runs import open_run, resume
 
     resume(open_run(folder, name))
-    print(f"run {name} goes on")
+    tell(as_json, {"run": name, "wanted": "running"}, f"run {name} goes on")
 
 
 @commands.command()
-def stop(folder: ConsortiumFolder, name: RunName) -> None:
+def stop(folder: ConsortiumFolder, name: RunName, as_json: AsJson = False) -> None:
     """End a run, also the work at the site that it is at; what is done is kept, and resume goes on with it."""
     from invcoss_server.runs import open_run
 
     open_run(folder, name).state.want("stopped")
-    print(f"run {name} is stopped; all that is done is kept")
+    tell(as_json, {"run": name, "wanted": "stopped"}, f"run {name} is stopped; all that is done is kept")
 
 
 @commands.command()
 def skip_site(
-    folder: ConsortiumFolder, name: RunName, site: Annotated[str, typer.Argument(metavar="SITE", help="its name")]
+    folder: ConsortiumFolder,
+    name: RunName,
+    site: Annotated[str, typer.Argument(metavar="SITE", help="its name")],
+    as_json: AsJson = False,
 ) -> None:
     """Go on without a site: its stages that are not done are left out, and it evaluates no more."""
     from invcoss_server.runs import open_run, skip_site
 
     skip_site(open_run(folder, name), site)
-    print(f"run {name} goes on without site {site}; add-stage can bring it back at the end")
+    text = f"run {name} goes on without site {site}; add-stage can bring it back at the end"
+    tell(as_json, {"run": name, "skipped": site}, text)
 
 
 @commands.command()
@@ -171,9 +177,11 @@ def _watch(folder: Path, name: str, detach: bool, as_json: bool) -> None:
 
     found = open_run(folder, name)
     if not is_served(folder):
-        _say(f"the service does not run; the run begins with: invcoss-server start {folder}")
-    elif not found.is_alive() and (other := in_the_way(folder, found)):
-        _say(f"run {name} begins when run {other} is over, which is at one of its sites")
+        _say(f"run {name} begins when the service is up: invcoss-server start {folder}")
+    elif not found.is_alive() and not found.is_done():
+        other = in_the_way(folder, found)
+        when = f"when run {other} is over, which is at one of its sites" if other else "in a moment"
+        _say(f"run {name}: the service starts it {when}")
     if detach:
         return
     with nullcontext() if as_json else ProgressView(found.plan) as view:

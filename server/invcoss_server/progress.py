@@ -57,6 +57,7 @@ class ProgressView:
             case "stage":
                 where = f"stage {event['stage'] + 1} of {event['stages']}"
                 self._say(f"[bold]{where}[/bold]: {event['modality']} at {event['site']}")
+                self._bar(where, f"bringing the model to {event['site']}", None, 0, "")
             case "status" if event["state"] in ("queued", "running"):
                 detail = ""
                 if event["phase"] == "training":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from invcoss_common.errors import DataError, InvcossError
+from invcoss_common.command import AsJson, run_command, service_says, tell
+from invcoss_common.errors import DataError
 from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -33,7 +33,7 @@ def check_data(
         list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
     ] = None,
     size: Annotated[SizeName, typer.Option(help="size of model that the images are prepared for")] = "nano",
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read every image as a visit would, and say what will be used and what will not, and why."""
     from invcoss_site.inventory import take_inventory  # here, because they need seconds to import
@@ -81,12 +81,13 @@ def phantoms(
     modality: ModalityName,
     cases: Annotated[int, typer.Option(min=1, help="number of cases")] = 20,
     seed: Annotated[int, typer.Option(help="the same seed makes the same images")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Make a folder of made-up images in the modality's own format, for trying things out."""
     from invcoss_common.phantoms import write_phantoms
 
     write_phantoms(folder, modality, cases, seed)
-    Console().print(f"{cases} cases and labels.csv in {folder}", highlight=False)
+    tell(as_json, {"folder": str(folder), "cases": cases}, f"{cases} cases and labels.csv in {folder}")
 
 
 @app.command()
@@ -97,6 +98,7 @@ def init(
     phantoms: Annotated[
         str | None, typer.Option(metavar="MODALITY", help="instead of --data: make 60 made-up images, for a trial")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make the site's folder, its keys and the enrolment request for the operator."""
     from invcoss_common.keys import fingerprint
@@ -107,11 +109,16 @@ def init(
     if data is None:
         data = make_trial_images(folder, str(phantoms), name)
     request = init_site(folder, name, data)
-    print(f"site {name} in {folder}; the private keys in {folder / 'keys'} never leave this machine")
-    print(f"send the operator {folder / 'enrolment-request.json'}; it holds public keys only")
-    print("compare these by phone:")
-    print(f"  site's signing key: {fingerprint(request.signing_key_sha256)}")
-    print(f"  site's node key:    {fingerprint(request.node_key_sha256)}")
+    file = folder / "enrolment-request.json"
+    tell(
+        as_json,
+        {"site": name, "request": str(file), "signing_key_sha256": request.signing_key_sha256},
+        f"site {name} in {folder}; the private keys in {folder / 'keys'} never leave this machine",
+        f"send the operator {file}; it holds public keys only",
+        "compare these by phone:",
+        f"  site's signing key: {fingerprint(request.signing_key_sha256)}",
+        f"  site's node key:    {fingerprint(request.node_key_sha256)}",
+    )
 
 
 @app.command()
@@ -121,6 +128,7 @@ def join(
     fingerprint: Annotated[
         str | None, typer.Option(help="of the coordinator's key, as the operator read it out; refused if it differs")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check the operator's join file against this site's keys and keep it."""
     from invcoss_common.enrolment import read_enrolment_file
@@ -128,9 +136,18 @@ def join(
     from invcoss_site.enrol import join
 
     joined = join(folder, read_enrolment_file(join_file), fingerprint)
-    print(f"site {joined.site} joined consortium {joined.consortium}; its coordinator is at {joined.address}")
-    print("compare by phone; if it differs, do not connect:")
-    print(f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}")
+    tell(
+        as_json,
+        {
+            "site": joined.site,
+            "consortium": joined.consortium,
+            "address": joined.address,
+            "coordinator_key_sha256": joined.coordinator_key_sha256,
+        },
+        f"site {joined.site} joined consortium {joined.consortium}; its coordinator is at {joined.address}",
+        "compare by phone; if it differs, do not connect:",
+        f"  coordinator's key:  {grouped(joined.coordinator_key_sha256)}",
+    )
 
 
 @app.command()
@@ -140,19 +157,20 @@ def start(
         Path | None, typer.Argument(metavar="[JOINFILE]", help="the file that the operator sent, if not joined yet")
     ] = None,
     part: Annotated[Part, typer.Option(help="agent: only what reads the images; network: only what dials out")] = "all",
+    as_json: AsJson = False,
 ) -> None:
     """Serve the consortium until interrupted; only dials out, and starts again whatever ends."""
     from invcoss_site.service import serve  # here, because it needs seconds to import
 
     if join_file is not None:
-        join(folder, join_file, None)
-    serve(folder, part, lambda text: print(text, file=sys.stderr, flush=True))
+        join(folder, join_file, None, as_json)
+    serve(folder, part, service_says(as_json))
 
 
 @app.command()
 def doctor(
     folder: SiteFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+    as_json: AsJson = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="longest wait for each answer, in seconds")] = 10.0,
 ) -> None:
     """Check, step by step, all that a visit needs, from the settings to the coordinator's letting this site in."""
@@ -165,9 +183,5 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; an InvcossError ends it with one line on stderr and the error's exit code."""
-    try:
-        app()
-    except InvcossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    """Run the command line."""
+    run_command(app)
