@@ -12,7 +12,6 @@ from invcoss_common.supervise import is_locked
 from invcoss_server.events import Tail
 from invcoss_server.gate import read_seen
 from invcoss_server.runs import EVENTS, Run, in_the_way, names, open_run, raise_outcome
-from invcoss_server.service import HEALING
 
 LOOK_S = 0.3
 
@@ -66,7 +65,7 @@ def describe(folder: Path, name: str) -> RunLine:
     """Where the run `name` stands; raises PlanError when there is none."""
     run, seen, now = open_run(folder, name), read_seen(folder), time.time()
     outcome, last = run.outcome(), _last_event(run)
-    failed = outcome is not None and outcome.error not in ("", "RunHalted", *HEALING)
+    failed = outcome is not None and outcome.needs_operator
     stages = []
     for number, planned in enumerate(run.plan.stages):
         stage, heard = run.state.stage(number), seen.get(planned.site)
@@ -97,7 +96,7 @@ def _is_over(run: Run) -> bool:
     if run.is_alive():
         return False
     outcome = run.outcome()
-    if run.is_done() or (outcome is not None and outcome.error and outcome.error not in HEALING):
+    if run.is_done() or (outcome is not None and outcome.needs_operator):
         return True
     return run.state.wanted() != "running"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from invcoss_common import errors
 from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Plan
-from invcoss_common.errors import CredentialError, InvcossError, PlanError, SiteError
+from invcoss_common.errors import CredentialError, InvcossError, PlanError, SiteError, SiteUnreachable
 from invcoss_common.supervise import is_locked
 from invcoss_server.provision import load_consortium, sites
 from invcoss_server.state import RunState
@@ -35,6 +35,12 @@ class Outcome:
     error: str = ""
     text: str = ""
     site: str = ""
+
+    @property
+    def needs_operator(self) -> bool:
+        """Whether the run would fail the same way again; not when a site was away, or Flower or the machine failed."""
+        ours = isinstance(getattr(errors, self.error, None), type)
+        return bool(self.error) and ours and self.error != SiteUnreachable.__name__
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from invcoss_server.runs import CONSORTIUM, OUTCOME, Run, in_the_way, names, ope
 LOOK_S = 2.0
 STARTING_S = 60.0  # longest from Flower's taking a run to the relay's being alive
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 300.0  # between two attempts of a run that may heal by itself
-HEALING = ("SiteUnreachable", "RunHalted")  # the latter of a run that was paused and resumed within a moment
 
 CONNECTION = """\
 [superlink]
@@ -171,8 +170,8 @@ class Service:
             attempt.seen = True
             return
         outcome = run.outcome()
-        error = outcome.error if outcome is not None else ""
-        if run.is_done() or run.state.wanted() != "running" or (error and error not in HEALING):
+        failed = outcome is not None and outcome.needs_operator
+        if run.is_done() or run.state.wanted() != "running" or failed:
             self.attempts[name] = _Attempt(attempt.flower_run)  # it goes on when the operator wants it to
             return
         if self._is_starting(run) or time.monotonic() < attempt.due:
@@ -187,7 +186,7 @@ class Service:
         if attempt.flower_run:
             with suppress(InvcossError):  # it is over already
                 self._flower("stop", attempt.flower_run)
-        pause = min(2 * attempt.pause_s, LONGEST_RETRY_S) if error else FIRST_RETRY_S
+        pause = min(2 * attempt.pause_s, LONGEST_RETRY_S) if outcome is not None else FIRST_RETRY_S
         (run.folder / OUTCOME).unlink(missing_ok=True)
         started = str(self._flower("run", "app", "-c", f"run={json.dumps(name)}")["run-id"])
         self.attempts[name] = _Attempt(started, time.monotonic(), False, pause, time.monotonic() + pause)

@@ -43,8 +43,10 @@ def test_states(folder, run):
     assert state(folder) == "waiting"
     write_outcome(run.folder, Outcome("SiteUnreachable", "no progress", "a"))
     assert (state(folder), describe(folder, "one").error) == ("waiting", "no progress")
-    write_outcome(run.folder, Outcome("KeyError"))
-    assert (state(folder), describe(folder, "one").error) == ("failed", "KeyError")
+    write_outcome(run.folder, Outcome("ConnectError"))  # Flower's trouble is tried again
+    assert (state(folder), describe(folder, "one").error) == ("waiting", "ConnectError")
+    write_outcome(run.folder, Outcome("ProtocolError", "another site"))
+    assert (state(folder), describe(folder, "one").error) == ("failed", "another site")
     run.state.move(0, "released")
     skip_site(run, "b")
     run.state.move(1, "skipped")
