@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class Service:
         self.port = free_port()
         self.env = {**flower_environment(self.flower), CONSORTIUM: str(self.folder)}
         self.attempts: dict[str, _Attempt] = {}
+        self.trouble: dict[str, str] = {}
         self.due = 0.0
 
     def serve(self) -> None:
@@ -131,10 +133,19 @@ class Service:
         self.due = time.monotonic() + LOOK_S
         if not is_healthy(self.port, self.folder / "pki" / "ca.crt"):
             return
-        with suppress(InvcossError):  # Flower was just killed; there is a next look
-            self._register()
-            for name in names(self.folder):
-                self._see_to(name, open_run(self.folder, name))
+        self._try("the register", self._register)
+        for name in names(self.folder):
+            self._try(f"run {name}", partial(self._see_to, name))
+
+    def _try(self, what: str, do: Callable[[], None]) -> None:
+        """Do something; what goes wrong is said once, and tried again at the next look. Flower may just be away."""
+        try:
+            do()
+            self.trouble.pop(what, None)
+        except InvcossError as error:
+            if self.trouble.get(what) != str(error):
+                self.say(f"{what}: {error}")
+            self.trouble[what] = str(error)
 
     def _register(self) -> None:
         """Make Flower let in the nodes of the register's valid keys, and no others."""
@@ -163,8 +174,9 @@ class Service:
                     raise
                 return 0  # registered before a kill that came between Flower and us; the gate refuses it when revoked
 
-    def _see_to(self, name: str, run: Run) -> None:
+    def _see_to(self, name: str) -> None:
         """Start an attempt of a run that shall go on, does not, and has its sites for itself."""
+        run = open_run(self.folder, name)
         attempt = self.attempts.setdefault(name, _Attempt())
         if run.is_alive():
             attempt.seen = True

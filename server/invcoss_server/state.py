@@ -77,11 +77,11 @@ class RunState:
         self._path = path
         with self._transaction() as db:
             db.executescript(_TABLES)
-            known = db.execute("SELECT plan_digest FROM run").fetchone()
+            known = db.execute("SELECT plan FROM run").fetchone()
             if known is None:
                 row = (plan.digest(), plan.model_dump_json(), time.time())
                 db.execute("INSERT INTO run VALUES (?, ?, ?)", row)
-            elif known[0] != plan.digest():
+            elif _parse(known[0], path) != plan:  # not by digest: newer software may have added a field
                 raise PlanError(f"{path.parent} holds a run of another plan; choose another --out, or remove it")
 
     @classmethod
@@ -91,7 +91,7 @@ class RunState:
             raise PlanError(f"{path.parent}: there is no run here")
         with closing(sqlite3.connect(path, timeout=30)) as db:
             row = db.execute("SELECT plan FROM run").fetchone()
-        plan = parse_plan(json.loads(row[0]), str(path))
+        plan = _parse(row[0], path)
         return cls(path, plan), plan
 
     def extend(self, old: Plan, new: Plan) -> None:
@@ -206,3 +206,7 @@ class RunState:
         with closing(sqlite3.connect(self._path, timeout=30)) as db, db:
             db.execute("PRAGMA synchronous = FULL")
             yield db
+
+
+def _parse(plan: str, path: Path) -> Plan:
+    return parse_plan(json.loads(plan), str(path))

@@ -14,10 +14,14 @@ from invcoss_common.weights import (
     model_from_bytes,
     model_schema,
     model_to_bytes,
+    read_model,
+    recast_file,
     round_weights,
     schema_of,
     tensors_from_bytes,
     tensors_to_bytes,
+    write_model,
+    write_tensors,
 )
 
 SHAPE = ModelShape(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
@@ -103,6 +107,36 @@ def test_tensors_of_any_layout_are_written():
     assert tensors_to_bytes({"a": square.T}) == tensors_to_bytes({"a": square.T.contiguous()})
     back = tensors_from_bytes(tensors_to_bytes({"a": square.T}), schema_of({"a": square.T}))
     assert torch.equal(back["a"], square.T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_has_the_bytes_that_memory_would_have(tmp_path, dtype):
+    model, file = build_model(SHAPE, FAMILIES, 3), tmp_path / "model"
+    write_model(file, model, dtype)
+    assert file.read_bytes() == model_to_bytes(model, dtype)
+    back = read_model(file, SHAPE, FAMILIES, dtype)
+    assert model_to_bytes(back) == model_to_bytes(model_from_bytes(file.read_bytes(), SHAPE, FAMILIES, dtype))
+    assert all(parameter.requires_grad for parameter in back.parameters())
+    recast_file(file, tmp_path / "recast", "float32")
+    assert (tmp_path / "recast").read_bytes() == model_to_bytes(back)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "recast"], "drafts are gone"
+
+
+def test_a_file_holds_mixed_tensors_in_the_order_that_memory_would(tmp_path):
+    mixed = {"b": torch.arange(3), "a": torch.ones(2, 3).T, "c": torch.zeros((), dtype=torch.float64)}
+    write_tensors(tmp_path / "mixed", mixed)
+    assert (tmp_path / "mixed").read_bytes() == tensors_to_bytes(mixed)
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    write_model(tmp_path / "model", build_model(SHAPE, [XRAY], 0))
+    with pytest.raises(WeightsError, match="missing"):
+        read_model(tmp_path / "model", SHAPE, FAMILIES)
+    (tmp_path / "model").write_bytes(b"<html>502 Bad Gateway</html>" * 100)
+    with pytest.raises(WeightsError, match="safetensors"):
+        read_model(tmp_path / "model", SHAPE, FAMILIES)
+    with pytest.raises(WeightsError, match="can't be read"):
+        read_model(tmp_path / "nothing", SHAPE, FAMILIES)
 
 
 def test_no_metadata_is_written():

@@ -37,6 +37,7 @@ class Deployment:
     plan: Plan
     phantoms: int = 12
     env: dict[str, str] = field(default_factory=dict)
+    listen: str = "127.0.0.1"  # the gate; sites connect to localhost, so something may stand in between
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Deployment:
     def start(self, name: str = "coordinator") -> None:
         """Start the service of the coordinator or of a site."""
         command: list[str | Path] = (
-            [BIN / "invcoss-server", "start", self.consortium, "--listen", "127.0.0.1"]
+            [BIN / "invcoss-server", "start", self.consortium, "--listen", self.listen]
             if name == "coordinator"
             else [BIN / "invcoss-site", "start", self.home_folder(name)]
         )

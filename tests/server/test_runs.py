@@ -1,6 +1,9 @@
 """The runs of a consortium as the operator's commands change them, and what they refuse."""
 
+import json
 import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 from tests.server.consortium import alive, enrol, make_consortium, move_all, plan_of
@@ -136,3 +139,12 @@ def test_who_is_in_the_way(folder):
 def test_the_error_of_an_outcome(tmp_path, outcome, kind, says):
     with pytest.raises(kind, match=says):
         raise_outcome(outcome, tmp_path.joinpath("x.jsonl").relative_to(tmp_path))
+
+
+def test_a_run_of_older_software_whose_plan_lacked_a_field_can_still_be_opened(folder):
+    run = add_run(folder, plan_of("one", "a", "b"))
+    with closing(sqlite3.connect(run.folder / "state.db")) as db, db:
+        plan = json.loads(db.execute("SELECT plan FROM run").fetchone()[0])
+        del plan["relay"]["skip_absent_s"], plan["relay"]["compress"]
+        db.execute("UPDATE run SET plan = ?, plan_digest = ?", (json.dumps(plan), "0" * 64))
+    assert open_run(folder, "one").plan == run.plan

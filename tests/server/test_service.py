@@ -6,7 +6,7 @@ from tests.server.consortium import alive, make_consortium, move_all, plan_of
 from invcoss_common.config import RelayConfig
 from invcoss_common.errors import InvcossError
 from invcoss_server import service as module
-from invcoss_server.runs import OUTCOME, Outcome, add_run, names, open_run, resume, skip_site, write_outcome
+from invcoss_server.runs import OUTCOME, Outcome, add_run, names, resume, skip_site, write_outcome
 from invcoss_server.service import FIRST_RETRY_S, LONGEST_RETRY_S, STARTING_S, Service, time_outs
 
 UNREACHABLE = Outcome("SiteUnreachable", "site 'a' showed no progress", "a")
@@ -32,7 +32,7 @@ class Looks:
         self.now += seconds
         before = len(self.calls)
         for name in names(self.service.folder):
-            self.service._see_to(name, open_run(self.service.folder, name))
+            self.service._see_to(name)
         return [call[-1].removeprefix("run=").strip('"') for call in self.calls[before:] if call[0] == "run"]
 
 
