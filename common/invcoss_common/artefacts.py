@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from invcoss_common.canonical import sha256_file, sha256_hex, write_atomic
+from invcoss_common.canonical import rename, sha256_file, sha256_hex, write_atomic
 from invcoss_common.errors import ProtocolError
 from invcoss_common.records import Artefact
 
@@ -25,6 +25,12 @@ class ArtefactStore:
         artefact = Artefact(sha256=sha256_hex(data), size_bytes=len(data))
         if not self.has(artefact):
             write_atomic(self.path(artefact), data)
+        return artefact
+
+    def adopt(self, path: Path) -> Artefact:
+        """Move the finished file `path`, of the same file system, into the store: for what is large."""
+        artefact = Artefact(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        rename(path, self.path(artefact))
         return artefact
 
     def path(self, artefact: Artefact) -> Path:

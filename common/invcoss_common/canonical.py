@@ -30,18 +30,31 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `path` so that a kill at any instant leaves the old content or the new, never a part."""
+    with new_file(path, mode) as draft:
+        draft.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path, mode: int = 0o600) -> Iterator[Path]:
+    """Write a draft that becomes the file `path` at the end, for what is too large for `write_atomic`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    draft = Path(temporary)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield draft
+        with draft.open("rb") as file:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        rename(draft, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
+
+
+def rename(source: Path, path: Path) -> None:
+    """Give a file of the same file system the name `path`, so that it has it after a power cut too."""
+    source.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -12,7 +12,8 @@ InvcossError (1)
 ├── SiteError (8)          a site failed or refused; carries its error class, never its text
 │   ├── TransferClosed     the site's own [transfer] lets nothing cross now; it will later
 │   └── SiteUnreachable    no answer, or no progress; a site that is only away for a while comes back
-└── CredentialError (9)    a key, certificate or enrolment file, or a connection that they should secure
+├── CredentialError (9)    a key, certificate or enrolment file, or a connection that they should secure
+└── ChainError (10)        a journal or ledger that was altered or damaged
 """
 
 from __future__ import annotations
@@ -93,3 +94,9 @@ class CredentialError(InvcossError):
     """A key, certificate, enrolment request or join file can't be used, or a connection can't be trusted."""
 
     exit_code = 9
+
+
+class ChainError(InvcossError):
+    """A journal or ledger is not as it was written; the text names the line."""
+
+    exit_code = 10

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from contextlib import suppress
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP384R1,
     EllipticCurvePrivateKey,
@@ -124,6 +125,19 @@ def check_fingerprint(heard: str, digest: str, whose: str) -> None:
             f"the fingerprint of {whose} is {fingerprint(digest)}, not the one given; "
             "unless it was mistyped, the file comes from someone else: do not use it"
         )
+
+
+def sign(key: Ed25519PrivateKey, kind: str, data: bytes) -> str:
+    """Base64 of the signature over `data` as a `kind` of document, so that it holds for no other kind."""
+    return base64.b64encode(key.sign(f"invcoss {kind}\n".encode() + data)).decode()
+
+
+def check_signature(key: Ed25519PublicKey, kind: str, data: bytes, signature: str, whose: str) -> None:
+    """Raise CredentialError unless `signature` is that of `key` over `data` as a `kind` of document."""
+    try:
+        key.verify(base64.b64decode(signature, validate=True), f"invcoss {kind}\n".encode() + data)
+    except (InvalidSignature, ValueError):
+        raise CredentialError(f"the {kind} lacks the signature of {whose}; nothing in it was looked at") from None
 
 
 def _load_private(path: Path) -> object:

@@ -21,6 +21,7 @@ from invcoss_common.modality import Geometry, Modality, ModelShape
 
 PROTOCOL_VERSION = 2
 SPOKEN = (PROTOCOL_VERSION - 1, PROTOCOL_VERSION)
+HANDOFF, REPORT = "hand-off", "report"  # kinds of signed documents
 MAX_RECORD_BYTES = 1 << 20  # a hand-off or report is JSON of a few kB; more is refused unread
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -105,7 +106,7 @@ class Task(_Record):
 class HandOff(_Record):
     """Coordinator to site: the task, the model to start from, the pools to rehearse; `wire_dtype` is of models."""
 
-    added: ClassVar[dict[str, int]] = {"wire_dtype": 2}
+    added: ClassVar[dict[str, int]] = {"wire_dtype": 2, "sequence": 2}
 
     protocol: Version = PROTOCOL_VERSION
     run: Name
@@ -117,6 +118,7 @@ class HandOff(_Record):
     model: Artefact
     pools: tuple[Pool, ...] = ()
     wire_dtype: WireDtype = "float32"
+    sequence: int = Field(default=0, ge=0, lt=2**31, description="counts the hand-offs of a run; 0 where not counted")
 
     @property
     def artefacts(self) -> tuple[Artefact, ...]:

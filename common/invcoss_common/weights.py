@@ -1,15 +1,20 @@
-"""Model weights as safetensors bytes, checked strictly against the schema (name, shape, dtype) of the model."""
+"""Model weights as safetensors, checked strictly against the schema (name, shape, dtype) of the model.
+
+Files are written from and read into the tensors themselves, one at a time, so that a model is in memory once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
+from invcoss_common.canonical import new_file
 from invcoss_common.config import WireDtype
 from invcoss_common.errors import WeightsError
 from invcoss_common.modality import Geometry, ModelShape
@@ -26,7 +31,17 @@ def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Serialise tensors; equal tensors give equal bytes. No metadata is written: it could carry anything."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
+    return save(_plain(tensors))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `path` at once, with the very bytes of `tensors_to_bytes`, which are never in memory."""
+    with new_file(path) as draft:
+        save_file(_plain(tensors), draft)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
 
 def tensors_from_bytes(data: bytes, schema: Schema) -> dict[str, Tensor]:
@@ -44,11 +59,14 @@ def check_file(path: Path, schema: Schema) -> None:
 
     One tensor is in memory at a time. Metadata are refused because they could carry anything.
     """
+    with _reading(path) as tensors:
+        check_tensors(tensors, schema)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[_Tensors]:
     try:
-        with safe_open(path, framework="pt") as file:
-            if file.metadata():
-                raise WeightsError(f"{path}: carries metadata beside its tensors; save it without")
-            check_tensors(_Tensors(file), schema)
+        yield _Tensors(path)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a safetensors file: {error}") from None
     except OSError as error:
@@ -56,14 +74,21 @@ def check_file(path: Path, schema: Schema) -> None:
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of an open file by name, each read when it is asked for."""
+    """The tensors of a file without metadata, by name, each read when it is asked for.
 
-    def __init__(self, file: safe_open) -> None:
-        self.file = file
-        self.names = set(file.keys())  # type: ignore[no-untyped-call]
+    The file is opened for each: the pages of an open one stay in memory, at last all of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            if file.metadata():
+                raise WeightsError(f"{path}: carries metadata beside its tensors; save it without")
+            self.names = set(file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(name)  # type: ignore[no-untyped-call]
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +118,22 @@ def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
 
 def model_to_bytes(model: MultiModalMAE, dtype: WireDtype = "float32") -> bytes:
     """The model's weights, every tensor rounded to `dtype`."""
-    return tensors_to_bytes({name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()})
+    return tensors_to_bytes(_rounded(model.state_dict(), dtype))
+
+
+def write_model(path: Path, model: MultiModalMAE, dtype: WireDtype = "float32") -> None:
+    """Write `path` with the bytes of `model_to_bytes`."""
+    write_tensors(path, _rounded(model.state_dict(), dtype))
+
+
+def recast_file(source: Path, path: Path, dtype: WireDtype) -> None:
+    """Write `path` with the weights of the checked file `source` as `dtype`."""
+    with _reading(source) as tensors:
+        write_tensors(path, _rounded(tensors, dtype))
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:
+    return {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
 
 
 def model_schema(shape: ModelShape, families: Iterable[Geometry], dtype: WireDtype = "float32") -> Schema:
@@ -108,6 +148,18 @@ def model_from_bytes(
     """The model of this shape, in float32, from weights in `dtype`; raises WeightsError when they don't fit."""
     model = build_model(shape, families, seed=0)
     model.load_state_dict(tensors_from_bytes(data, _schema(model, dtype)))
+    return model
+
+
+def read_model(
+    path: Path, shape: ModelShape, families: Iterable[Geometry], dtype: WireDtype = "float32"
+) -> MultiModalMAE:
+    """`model_from_bytes` of a file, of which one tensor is in memory at a time."""
+    model = build_model(shape, families, seed=0)
+    with _reading(path) as tensors:
+        check_tensors(tensors, _schema(model, dtype))
+        for name, weights in model.state_dict().items():  # they share their memory with the model's parameters
+            weights.copy_(tensors[name])
     return model
 
 

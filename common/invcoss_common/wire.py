@@ -40,6 +40,8 @@ _VERSION_1: dict[Verb, Form] = {
 _VERSION_2: dict[Verb, Form] = _VERSION_1 | {
     "put": Form(ARTEFACT | {"offset": int, "encoding": str}, {"received": int, "closed": int}, part="asks"),
     "get": Form(ARTEFACT | {"offset": int, "length": int, "encoding": str}, {"encoding": str}, part="answers"),
+    "start": Form({"handoff": str, "attempt": int, "signature": str}, {"state": str}),
+    "status": Form({"hop": str}, {"status": str, "report": str, "signature": str}),
     "abort": Form({"hop": str}, {"state": str}),
 }
 VERBS: dict[int, dict[Verb, Form]] = {1: _VERSION_1, 2: _VERSION_2}

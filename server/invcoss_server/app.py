@@ -24,6 +24,7 @@ from invcoss_server.orders import RunHalted, SiteSkipped, heed
 from invcoss_server.registry import Registry
 from invcoss_server.relay import relay
 from invcoss_server.runs import CONSORTIUM, EVENTS, LOCK, Outcome, open_run, write_outcome
+from invcoss_server.signatures import Signatures, load_signatures
 from invcoss_server.state import RunState
 
 POLL_S = 0.05  # Flower's own send_and_receive looks for replies every 3 s
@@ -56,11 +57,14 @@ class FlowerCourier:
     `on_absent(site, tries so far, seconds since the first)` is called between two tries; it raises what shall end them.
     """
 
-    def __init__(self, grid: Grid, plan: Plan, identify: Identify, on_absent: OnAbsent) -> None:
+    def __init__(
+        self, grid: Grid, plan: Plan, identify: Identify, on_absent: OnAbsent, signatures: Signatures | None
+    ) -> None:
         self.grid = grid
         self.plan = plan
         self.identify = identify
         self.on_absent = on_absent
+        self.signatures = signatures
         self.nodes: dict[str, _Node] = {}
 
     def call(self, site: str, request: Request) -> Response:
@@ -82,6 +86,13 @@ class FlowerCourier:
             self.call(site, Request("hello"))
         return self.nodes[site].protocol
 
+    def sign(self, handoff: bytes) -> str:
+        return self.signatures.sign(handoff) if self.signatures else ""
+
+    def check(self, site: str, report: bytes, signature: str) -> None:
+        if self.signatures:
+            self.signatures.check(site, report, signature)
+
     def _greet(self, wanted: str) -> dict[str, _Node]:
         """Node by name of site, of `wanted` and of those that must be asked who they are.
 
@@ -98,7 +109,9 @@ class FlowerCourier:
                 continue
             site = str(response.fields["site"])
             if known and site != known:
-                raise ProtocolError(f"the node with the key of site '{known}' says that it is another site")
+                raise ProtocolError(
+                    f"the node with the key of site '{known}' says that it is site '{_printable(site, 48)}'"
+                )
             if site in nodes:
                 raise SiteError(f"two nodes say that they are site '{site}'; stop one of them", site)
             if site in self.plan.sites:
@@ -179,14 +192,15 @@ def main(grid: Grid, context: Context) -> None:
         folder = Path(os.environ[CONSORTIUM])
         run = open_run(folder, run_name)
         out, plan = run.folder, run.plan
-        identify = by_key(Registry(folder / "sites.db"))
+        signatures = load_signatures(folder)
+        identify = by_key(signatures.registry)
         on_absent = wait_for(plan, run.state, Events(out / EVENTS))
     else:
         out, plan = Path(str(context.run_config["out"])).resolve(), load_plan(Path(str(context.run_config["plan"])))
-        identify, on_absent = by_word, give_up(plan)
+        identify, on_absent, signatures = by_word, give_up(plan), None
     with alone(out / LOCK, f"{out}: another process runs this relay"):
         try:
-            relay(plan, FlowerCourier(grid, plan, identify, on_absent), out)
+            relay(plan, FlowerCourier(grid, plan, identify, on_absent, signatures), out)
         except RunHalted as halt:
             write_outcome(out, Outcome(type(halt).__name__, str(halt)))
         except Exception as error:

@@ -35,6 +35,12 @@ class Courier(Protocol):
     def protocol(self, site: str) -> int:
         """The version of the protocol that is spoken with `site` (`negotiate`); raises SiteUnreachable."""
 
+    def sign(self, handoff: bytes) -> str:
+        """The coordinator's signature over a hand-off; "" where nothing is signed (a simulation)."""
+
+    def check(self, site: str, report: bytes, signature: str) -> None:
+        """Raise CredentialError unless `site` signed the report; a simulation takes any."""
+
 
 def deliver(
     courier: Courier,
@@ -90,7 +96,9 @@ def wait(
                 last, silent_s = status, 0.0
                 on_status(status)
             if status.state == "done":
-                return _accept(from_bytes(Report, str(answer.fields["report"]).encode()), site, handoff)
+                report = str(answer.fields["report"]).encode()
+                courier.check(site, report, str(answer.fields.get("signature", "")))
+                return _accept(from_bytes(Report, report), site, handoff)
             if status.state == "failed" and (status.error != "WorkerKilled" or restarts >= config.attempts):
                 raise site_error(site, status.error)
             if status.state in ("failed", "unknown"):
@@ -182,7 +190,10 @@ class _Door:
 
 def _start(courier: Courier, site: str, handoff: HandOff) -> None:
     # Any number that was not used before marks a deliberate new attempt; a message sent twice carries the same.
-    fields: Fields = {"handoff": to_bytes(handoff).decode(), "attempt": time.time_ns()}
+    content = to_bytes(handoff)
+    fields: Fields = {"handoff": content.decode(), "attempt": time.time_ns()}
+    if courier.protocol(site) >= 2:
+        fields["signature"] = courier.sign(content)
     courier.call(site, Request("start", fields))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -51,6 +51,8 @@ MAX_BODY_BYTES = 16 << 20  # Flower's objects have 5 MiB
 MAX_KEY_CHARS = 4096
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "host"})
 REFUSED = 2004  # Flower's code of a node that is not let in; a SuperNode shows the text beside it
+CUT_OFF, NOT_LET_IN = 401, 409  # a SuperNode ends on the first, and shows why on the second; on 403 it does neither
+NOTHING_ELSE = "the coordinator's gate passes on what a site needs, and this is not part of it"
 
 
 def gate(folder: Path, upstream: str) -> Starlette:
@@ -68,22 +70,32 @@ def gate(folder: Path, upstream: str) -> Starlette:
             yield
 
     async def fleet(request: Request) -> Response:
-        if request.path_params["call"] not in OPEN:
-            return _refusal(403, "the coordinator's gate passes on what a site needs, and this is not part of it")
+        call = request.path_params["call"]
+        if call not in OPEN:
+            return _refusal(403, NOTHING_ELSE)
+        refused = 403
         try:
-            seen.note(identify_site(folder, _key(request)))
+            key = _key(request)
+            refused = NOT_LET_IN if call == "activate-node" else CUT_OFF
+            site = identify_site(folder, key)
+            seen.note(site)
         except CredentialError as error:
             print(f"refused {request.client.host if request.client else '?'}: {error}", flush=True)
-            return _refusal(403, str(error))
+            return _refusal(refused, str(error))
         if int(request.headers.get("content-length", MAX_BODY_BYTES + 1)) > MAX_BODY_BYTES:
             return _refusal(413, f"a request must say its length, of at most {MAX_BODY_BYTES} bytes")
         client: httpx.AsyncClient = request.app.state.upstream
         headers = [(name, value) for name, value in request.headers.items() if name not in HOP_BY_HOP]
         try:
+            if call == "push-messages" and not _answers_for_itself(await request.body()):
+                print(f"refused site {site}: it sent a message that is no answer of its own", flush=True)
+                return _refusal(403, "a site answers what it was asked, in its own name, and sends nothing else")
             passed_on = client.build_request("POST", request.url.path, headers=headers, content=request.stream())
             answer = await client.send(passed_on, stream=True)
         except httpx.TransportError:
             return _refusal(503, "the coordinator is starting; try again")
+        except ClientDisconnect:
+            return _refusal(400, "the request was broken off")
         kept = {name: value for name, value in answer.headers.items() if name not in HOP_BY_HOP}
         return StreamingResponse(_body(answer), answer.status_code, kept)
 
@@ -91,10 +103,12 @@ def gate(folder: Path, upstream: str) -> Starlette:
         return PlainTextResponse("ok")
 
     async def nothing_else(_: Request, __: Exception) -> Response:
-        return _refusal(403, "the coordinator's gate passes on what a site needs, and this is not part of it")
+        return _refusal(403, NOTHING_ELSE)
 
     routes = [Route("/v1/fleet/{call}", fleet, methods=["POST"]), Route("/health", health)]
-    return Starlette(routes=routes, lifespan=connected, exception_handlers={404: nothing_else, 405: nothing_else})
+    app = Starlette(routes=routes, lifespan=connected, exception_handlers={404: nothing_else, 405: nothing_else})
+    app.router.redirect_slashes = False  # a redirect would name whatever host the caller names
+    return app
 
 
 def read_seen(folder: Path) -> dict[str, float]:
@@ -134,6 +148,22 @@ def _key(request: Request) -> str:
         return base64.b64decode(text, validate=True).decode("ascii")
     except (binascii.Error, UnicodeDecodeError):
         raise CredentialError("what came with this request is not a site's key; a site must be enrolled") from None
+
+
+def _answers_for_itself(body: bytes) -> bool:
+    """Whether the messages in a push are answers, in the name of the node that pushes them.
+
+    Flower checks whose key it is, and then takes any sender: a site could speak to another one as the coordinator.
+    """
+    from flwr.proto.fleet_pb2 import PushMessagesRequest  # here, because importing Flower takes a second
+    from google.protobuf.message import DecodeError
+
+    try:
+        pushed = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    told = [message.metadata for message in pushed.messages_list]
+    return all(one.src_node_id == pushed.node.node_id and one.reply_to_message_id for one in told)
 
 
 def _refusal(status: int, why: str) -> Response:

@@ -99,7 +99,7 @@ def invert(
     slots = torch.zeros(config.pool_size, model.shape.width, device=device)
     filled = torch.zeros(config.pool_size, dtype=torch.bool, device=device)
     groups = _groups(config)
-    parts: list[npt.NDArray[np.uint8]] = []
+    pool = np.empty((config.pool_size, geometry.channels, *geometry.size), np.uint8)
     for number, (first, count) in enumerate(groups):
         finished = folder / f"group-{number:04d}.safetensors"
         if not finished.exists():
@@ -111,8 +111,8 @@ def invert(
         stored = load_file(finished)
         slots[first : first + count] = stored["slots"].to(device)
         filled[first : first + count] = True
-        parts.append(stored["images"].numpy())
-    return np.concatenate(parts)
+        pool[first : first + count] = stored["images"].numpy()
+    return pool
 
 
 def _groups(config: InversionConfig) -> list[tuple[int, int]]:

@@ -113,6 +113,10 @@ class Registry:
                     f"site '{name}' {f'was revoked on {last} already' if last else 'is not enrolled'}"
                 )
 
+    def valid(self, name: str) -> SiteKeys | None:
+        """The valid pair of a site, None if it has none."""
+        return next((site for site in self.sites() if site.name == name and site.revoked is None), None)
+
     def find(self, key: str) -> SiteKeys | None:
         """The pair that a public key (OpenSSH form or PEM) belongs to; raises CredentialError if it is not a key."""
         digest = key_digest(parse_public_key(key))

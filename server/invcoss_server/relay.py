@@ -19,10 +19,10 @@ from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import Plan, WireDtype
 from invcoss_common.errors import InvcossError, SiteError
 from invcoss_common.modality import Geometry
-from invcoss_common.model import build_model, extend_model
+from invcoss_common.model import MultiModalMAE, build_model, extend_model
 from invcoss_common.records import Artefact, HandOff, Pool, Report, Status, Task
 from invcoss_common.seeds import derive_seed
-from invcoss_common.weights import model_from_bytes, model_to_bytes
+from invcoss_common.weights import read_model, recast_file, write_model
 from invcoss_server.accept import check_model, check_report, check_statistics
 from invcoss_server.courier import Courier, abort, deliver, fetch, wait
 from invcoss_server.events import Events
@@ -31,6 +31,8 @@ from invcoss_server.orders import HeedingCourier, RunHalted, SiteSkipped, heed
 from invcoss_server.report import write_report
 from invcoss_server.state import Hop, RunState
 from invcoss_server.synthesis import Job, Synthesise, synthesise_in_child
+
+DRAFT = "draft.safetensors"  # in the run's folder: a model that is being written
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def invert_stage(run: Run, number: int) -> None:
         run.events.add("inversion", stage=number, **asdict(progress))
 
     folder, began = run.out / "inversion" / f"stage-{number:02d}", time.monotonic()
-    pool = run.store.put(run.synthesise(job, folder, tell))
+    pool = run.store.adopt(run.synthesise(job, folder, tell))
     run.state.move(number, "inverting", pool=pool, inversion_s=time.monotonic() - began)
     shutil.rmtree(folder)
 
@@ -193,6 +195,7 @@ def hand_off(run: Run, hop: str, task: Task, model: Artefact, pools: tuple[Pool,
         model=recast(run, model, task, "float32", wire_dtype),
         pools=pools,
         wire_dtype=wire_dtype,
+        sequence=run.state.count_hand_offs() + 1 if protocol >= 2 else 0,
     )
     run.state.keep_hand_off(made)
     return made
@@ -202,8 +205,8 @@ def recast(run: Run, model: Artefact, task: Task, old: WireDtype, new: WireDtype
     """The task's model in another type of number: a run keeps models as float32, whatever they travel as."""
     if old == new:
         return model
-    weights = model_from_bytes(run.store.path(model).read_bytes(), task.model, task.families, old)
-    return run.store.put(model_to_bytes(weights, new))
+    recast_file(run.store.path(model), run.out / DRAFT, new)
+    return run.store.adopt(run.out / DRAFT)
 
 
 def task_for(run: Run, number: int, kind: str, upto: int | None = None) -> Task:
@@ -246,14 +249,20 @@ def starting_model(run: Run, number: int) -> Artefact:
     plan, seed = run.plan, derive_seed(run.plan.seed, "model")
     earlier, now = learned(run, number - 1), families(run.plan, learned(run, number))
     if not earlier:
-        return run.store.put(model_to_bytes(build_model(plan.model_shape, now, seed)))
+        return keep(run, build_model(plan.model_shape, now, seed))
     before, known = run.state.stage(earlier[-1]).model, families(plan, earlier)
     assert before is not None
     if now == known:
         return before
-    model = model_from_bytes(run.store.path(before).read_bytes(), plan.model_shape, known)
+    model = read_model(run.store.path(before), plan.model_shape, known)
     extend_model(model, plan.geometry(number), seed)
-    return run.store.put(model_to_bytes(model))
+    return keep(run, model)
+
+
+def keep(run: Run, model: MultiModalMAE) -> Artefact:
+    """Put a model into the run's store, by way of a file: as bytes it would be in memory three times."""
+    write_model(run.out / DRAFT, model)
+    return run.store.adopt(run.out / DRAFT)
 
 
 def earlier_pools(run: Run, number: int) -> tuple[Pool, ...]:

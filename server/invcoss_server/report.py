@@ -27,7 +27,7 @@ from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import canonical_json, write_atomic
 from invcoss_common.config import Plan
 from invcoss_common.metrics import METRICS
-from invcoss_server.pool import contact_sheet, pool_from_bytes, slices_sheet
+from invcoss_server.pool import contact_sheet, first_images, slices_sheet
 from invcoss_server.state import Hop, RunState, Stage
 
 HTML, METRIC_LINES, TENSORBOARD = "report.html", "metrics.jsonl", "tensorboard"
@@ -147,7 +147,9 @@ def _page(plan: Plan, state: RunState, store: ArtefactStore, hops: Sequence[Hop]
 
 def _pictures(stage: Stage, store: ArtefactStore) -> list[Picture]:
     """The stage's pool to look at; nothing if it has none yet, or one of sequences."""
-    images = pool_from_bytes(store.path(stage.pool).read_bytes()) if stage.pool else np.empty(0, np.uint8)
+    if stage.pool is None:
+        return []
+    images, count = first_images(store.path(stage.pool), SHEET_IMAGES)
     if images.ndim < 4:
         return []
     volumes, scale = images.ndim == 5, max(1, round(TILE_PX / images.shape[-1]))
@@ -158,7 +160,7 @@ def _pictures(stage: Stage, store: ArtefactStore) -> list[Picture]:
 
     kind = "volumes, the middle slice of each" if volumes else "images"
     sheet = contact_sheet(images, SHEET_IMAGES, SHEET_COLUMNS)
-    pictures = [picture(f"{min(SHEET_IMAGES, len(images))} of {len(images)} synthetic {kind}", sheet)]
+    pictures = [picture(f"{len(images)} of {count} synthetic {kind}", sheet)]
     if volumes:
         sheet = slices_sheet(images[0], SHEET_COLUMNS)
         pictures.append(picture(f"all {images.shape[2]} slices of the first synthetic volume", sheet))

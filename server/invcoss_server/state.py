@@ -163,6 +163,11 @@ class RunState:
             row = db.execute("SELECT content FROM hand_off WHERE hop = ?", (hop,)).fetchone()
         return from_bytes(HandOff, row[0].encode()) if row else None
 
+    def count_hand_offs(self) -> int:
+        """How many hand-offs of this run were made."""
+        with self._transaction() as db:
+            return int(db.execute("SELECT count(*) FROM hand_off").fetchone()[0])
+
     def keep_hand_off(self, handoff: HandOff) -> None:
         with self._transaction() as db:
             db.execute("INSERT INTO hand_off VALUES (?, ?)", (handoff.hop, to_bytes(handoff).decode()))

@@ -26,9 +26,9 @@ from invcoss_common.config import InversionConfig
 from invcoss_common.errors import InvcossError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.statistics import statistics_from_bytes
-from invcoss_common.weights import model_from_bytes
+from invcoss_common.weights import read_model
 from invcoss_server.inversion import InversionProgress, invert
-from invcoss_server.pool import pool_to_bytes
+from invcoss_server.pool import write_pool
 
 POOL = "pool.safetensors"
 LOOK_S = 0.5
@@ -51,16 +51,16 @@ class Job(BaseModel):
 
 
 OnProgress = Callable[[InversionProgress], None]
-Synthesise = Callable[[Job, Path, OnProgress], bytes]
+Synthesise = Callable[[Job, Path, OnProgress], Path]
 
 
-def synthesise_here(job: Job, folder: Path, on_progress: OnProgress) -> bytes:
-    """The pool of `job` as bytes, made in this process."""
+def synthesise_here(job: Job, folder: Path, on_progress: OnProgress) -> Path:
+    """The file of the pool of `job`, made in this process; it is in `folder`."""
     if job.threads:
         torch.set_num_threads(job.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = invert(
-        model_from_bytes(job.model.read_bytes(), job.shape, job.families).to(device),
+        read_model(job.model, job.shape, job.families).to(device),
         statistics_from_bytes(job.statistics.read_bytes(), job.shape),
         job.geometry,
         job.inversion,
@@ -69,11 +69,12 @@ def synthesise_here(job: Job, folder: Path, on_progress: OnProgress) -> bytes:
         folder=folder,
         on_progress=on_progress,
     )
-    return pool_to_bytes(images)
+    write_pool(folder / POOL, images)
+    return folder / POOL
 
 
-def synthesise_in_child(job: Job, folder: Path, on_progress: OnProgress) -> bytes:
-    """The pool of `job`, made in a child process; raises InvcossError, naming the log, if that fails."""
+def synthesise_in_child(job: Job, folder: Path, on_progress: OnProgress) -> Path:
+    """The same in a child process; raises InvcossError, naming the log, if that fails."""
     write_atomic(folder / "job.json", job.model_dump_json().encode())
     log = folder / "synthesis.log"
     seen = ""
@@ -98,7 +99,7 @@ def synthesise_in_child(job: Job, folder: Path, on_progress: OnProgress) -> byte
         child.wait()
     if child.returncode != 0 or not (folder / POOL).exists():
         raise InvcossError(f"inversion ended with status {child.returncode}; see {log}, then start the run again")
-    return (folder / POOL).read_bytes()
+    return folder / POOL
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def main() -> None:
             write_atomic(folder / "progress.json", json.dumps(asdict(progress)).encode())
             written = time.monotonic()
 
-    write_atomic(folder / POOL, synthesise_here(job, folder, note))
+    synthesise_here(job, folder, note)
 
 
 def _end_with(parent: int) -> None:

@@ -28,6 +28,7 @@ from invcoss_common.records import (
     to_bytes,
 )
 from invcoss_common.wire import MAX_PART_BYTES
+from invcoss_site.handoffs import check_coordinator, check_sequence
 from invcoss_site.home import SiteHome
 from invcoss_site.transfer import check_open, count, is_open
 from invcoss_site.work import AGENT_LOCK, error_class, is_idle, log_error
@@ -64,13 +65,20 @@ def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, st
                 put["closed"] = int(not is_open(home))
             return Response(put)
         case "start":
-            handoff = from_bytes(HandOff, str(fields["handoff"]).encode())
+            content = str(fields["handoff"]).encode()
+            check_coordinator(home, content, str(fields.get("signature", "")))
+            handoff = from_bytes(HandOff, content)
+            check_sequence(home, handoff)
             return Response({"state": _start(handoff, str(fields["attempt"]), home, start_work)})
         case "status":
             hop = _hop(request)
             status = hop_status(home, hop)
-            report = (home.hop_folder(hop) / "report.json").read_text("utf-8") if status.state == "done" else ""
-            return Response({"status": to_bytes(status).decode(), "report": report})
+            answer: dict[str, str | int] = {"status": to_bytes(status).decode(), "report": ""}
+            if status.state == "done":
+                answer["report"] = (home.hop_folder(hop) / "report.json").read_text("utf-8")
+            if request.protocol >= 2:
+                answer["signature"] = _signature(home, hop) if status.state == "done" else ""
+            return Response(answer)
         case "get":
             check_open(home)
             encoding, blob = encode(_part(request, home), str(fields.get("encoding", "")))
@@ -149,6 +157,12 @@ def _part(request: Request, home: SiteHome) -> bytes:
     if not (0 <= offset < artefact.size_bytes and 0 < length <= MAX_PART_BYTES):
         raise ProtocolError("the part asked for is outside the artefact")
     return home.artefacts.read(artefact, offset, length)
+
+
+def _signature(home: SiteHome, hop: str) -> str:
+    """That of the report of a hop that is done, made by the worker; "" in a simulation."""
+    file = home.hop_folder(hop) / "report.signature"
+    return file.read_text("ascii") if file.exists() else ""
 
 
 def _report(home: SiteHome, hop: str) -> Report:

@@ -103,7 +103,7 @@ def join(root: Path, data: bytes, heard: str | None = None) -> JoinFile:
     _check_meant_for(root, opened)
     check_authority(load_authority(opened))
     if (root / "join.json").exists():
-        before = _read_join(root / "join.json")  # the keys that it names may be old
+        before = read_join(root / "join.json")  # the keys that it names may be old
         if before.coordinator_key != opened.coordinator_key:
             raise CredentialError(
                 f"this site joined consortium '{before.consortium}' of another coordinator; "
@@ -119,7 +119,7 @@ def join(root: Path, data: bytes, heard: str | None = None) -> JoinFile:
 
 def load_join(root: Path) -> JoinFile:
     """The join file that this site keeps, verified again; raises CredentialError."""
-    opened = _read_join(root / "join.json")
+    opened = read_join(root / "join.json")
     _check_meant_for(root, opened)
     return opened
 
@@ -175,7 +175,8 @@ def _write_settings(root: Path, name: str, data: Path) -> None:
         )
 
 
-def _read_join(path: Path) -> JoinFile:
+def read_join(path: Path) -> JoinFile:
+    """The join file in `path`, its own signature verified; raises CredentialError."""
     if not path.exists():
         raise CredentialError(f"{path}: this site has not joined; invcoss-site join stores the operator's file")
     try:

@@ -65,14 +65,14 @@ def knock(root: Path, timeout_s: float) -> Literal["let in", "starting", "not to
         return "let in"
     if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and status == httpx.codes.SERVICE_UNAVAILABLE:
         return "starting"
-    if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and status != httpx.codes.FORBIDDEN:
+    if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and status != httpx.codes.CONFLICT:  # that is the gate's
         return "not told yet"
     if status == httpx.codes.UNAUTHORIZED:
         raise CredentialError(
             f"{address}: Flower there does not accept this site's signature; the site's IT must set the clock (NTP), "
             "else the operator must restart the coordinator"
         )
-    if code and status == httpx.codes.FORBIDDEN:
+    if code and status == httpx.codes.CONFLICT:
         raise CredentialError(f"{address} answers: {detail}")
     raise CredentialError(
         f"{address}: what answers there is not the coordinator's gate (HTTP status {status}); "

@@ -18,14 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from invcoss_common.canonical import write_atomic
 from invcoss_common.config import TrainConfig
 from invcoss_common.errors import TrainingError
 from invcoss_common.modality import Geometry
 from invcoss_common.model import MultiModalMAE, reconstruction_loss
 from invcoss_common.seeds import generator_for
 from invcoss_common.tokens import random_mask
-from invcoss_common.weights import check_tensors, schema_of, tensors_to_bytes
+from invcoss_common.weights import check_tensors, schema_of, write_tensors
 from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, TrainingBatches, batch_loader
 from invcoss_site.replay import Rehearse
@@ -194,7 +193,7 @@ def _save_checkpoint(path: Path, model: MultiModalMAE, optimiser: torch.optim.Ad
     tensors["counters"] = torch.tensor([progress.step, progress.skipped, progress.images], dtype=torch.int64)
     tensors["seconds"] = torch.tensor([progress.train_seconds, progress.wait_seconds], dtype=torch.float64)
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
-    write_atomic(path, tensors_to_bytes(tensors))
+    write_tensors(path, tensors)
 
 
 def _load_checkpoint(path: Path, model: MultiModalMAE, optimiser: torch.optim.AdamW, progress: Progress) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors.numpy import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from invcoss_common import __version__
@@ -16,7 +17,7 @@ from invcoss_common.model import MultiModalMAE
 from invcoss_common.records import HandOff, Phase, Report, Status, Task
 from invcoss_common.seeds import derive_seed
 from invcoss_common.statistics import record_statistics, statistics_to_bytes
-from invcoss_common.weights import model_from_bytes, model_to_bytes, round_weights
+from invcoss_common.weights import read_model, round_weights, write_model
 from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, whole_images
 from invcoss_site.evaluate import heldout_loss
@@ -80,8 +81,8 @@ def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
 
 
 def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiModalMAE:
-    data = home.artefacts.path(handoff.model).read_bytes()
-    return model_from_bytes(data, handoff.task.model, handoff.task.families, handoff.wire_dtype).to(device)
+    file = home.artefacts.path(handoff.model)
+    return read_model(file, handoff.task.model, handoff.task.families, handoff.wire_dtype).to(device)
 
 
 def evaluate(model: MultiModalMAE, heldout: FloatImages, task: Task, on_status: OnStatus) -> float:
@@ -109,9 +110,7 @@ def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Re
     if not handoff.pools:
         return None
     task = handoff.task
-    pools = [
-        ReplayPool(load_file(home.artefacts.path(pool.artefact))["images"], pool.geometry) for pool in handoff.pools
-    ]
+    pools = [ReplayPool(pool_images(home.artefacts.path(pool.artefact)), pool.geometry) for pool in handoff.pools]
     return rehearsal(
         load_model(handoff, home, device),
         pools,
@@ -120,6 +119,13 @@ def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Re
         mask_ratio=task.train.mask_ratio,
         seed=derive_seed(task.seed, "stage", task.stage),
     )
+
+
+def pool_images(path: Path) -> npt.NDArray[np.uint8]:
+    """The images of a pool file (N, C, *size), mapped: read when drawn, and in memory once for all processes."""
+    with safe_open(path, framework="pt") as file:
+        images: npt.NDArray[np.uint8] = file.get_tensor("images").numpy()
+    return images
 
 
 def _train(
@@ -181,9 +187,11 @@ def _add_results(
         "data_wait_share": progress.data_wait_share,
         "skipped_steps": float(progress.skipped),
     }
+    draft = home.hop_folder(handoff.hop) / "model.safetensors"
+    write_model(draft, model, handoff.wire_dtype)
     return report.model_copy(
         update={
-            "model": home.artefacts.put(model_to_bytes(model, handoff.wire_dtype)),
+            "model": home.artefacts.adopt(draft),
             "statistics": home.artefacts.put(statistics_to_bytes(statistics)),
             "metrics": metrics,
             "curve": shorten(progress.losses, CURVE_POINTS),

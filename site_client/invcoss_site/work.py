@@ -22,6 +22,7 @@ from pathlib import Path
 
 from invcoss_common.canonical import write_atomic
 from invcoss_common.records import HandOff, Report, Status, from_bytes, to_bytes
+from invcoss_site.handoffs import sign_report
 from invcoss_site.home import SiteHome, load_home
 
 Visit = Callable[[HandOff, SiteHome, Callable[[Status], None]], Report]
@@ -95,7 +96,9 @@ def work(home: SiteHome, hop: str, visit: Visit) -> Status:
     try:
         note(last)
         report = visit(_handoff(home, hop), home, note)
-        write_atomic(folder / "report.json", to_bytes(report))
+        content = to_bytes(report)
+        write_atomic(folder / "report.signature", sign_report(home, content).encode())
+        write_atomic(folder / "report.json", content)
         final = last.model_copy(update={"state": "done", "error": ""})
     except Exception as error:
         log_error(home, "visit.log")

@@ -156,7 +156,7 @@ def test_a_failed_hop_runs_again_in_a_new_attempt_only(home: SiteHome, store: Ar
     handoff = hand_off(store)
     deliver(courier, "north", handoff, store, CONFIG)
     healthy = LoopbackCourier({"north": home}, double)
-    repeated = {"handoff": to_bytes(handoff).decode(), "attempt": 7}
+    repeated = {"handoff": to_bytes(handoff).decode(), "attempt": 7, "signature": ""}
     first_failure = (home.hop_folder(HOP) / "attempt").read_text()
     assert (
         healthy.call("north", Request("start", repeated | {"attempt": int(first_failure)})).fields["state"] == "failed"
@@ -209,7 +209,10 @@ def test_what_is_refused(home: SiteHome, store: ArtefactStore) -> None:
     courier = LoopbackCourier({"north": home}, double)
     with pytest.raises(SiteError, match="ProtocolError"):  # for another site
         deliver(courier, "north", hand_off(store, receiver="south"), store, CONFIG)
-    undelivered = {"handoff": to_bytes(hand_off(store, model=Artefact(sha256="a" * 64, size_bytes=9))).decode()}
+    undelivered = {
+        "handoff": to_bytes(hand_off(store, model=Artefact(sha256="a" * 64, size_bytes=9))).decode(),
+        "signature": "",
+    }
     with pytest.raises(SiteError, match="ProtocolError"):
         courier.call("north", Request("start", undelivered | {"attempt": 1}))
     with pytest.raises(SiteError, match="ProtocolError"):  # the model lies in the store, but no report names it

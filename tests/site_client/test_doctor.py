@@ -97,7 +97,7 @@ def test_a_site_that_is_let_in(tmp_path):
         (flower(503), "warning", "the coordinator is starting; try again in a minute"),
         (flower(412), "warning", "the coordinator's Flower has not been told yet"),
         ((200, b""), "ok", "lets this site's key in"),
-        (flower(403, detail="this key is unknown: no\x1b"), "failed", " answers: this key is unknown: no"),
+        (flower(409, detail="this key is unknown: no\x1b"), "failed", " answers: this key is unknown: no"),
         ((401, b'{"detail": "Invalid"}'), "failed", "does not accept this site's signature; the site's IT must set"),
         ((404, b"<html>"), "failed", "is not the coordinator's gate (HTTP status 404); the operator must start it"),
         ((200, b"\xff\xff"), "failed", "the signed call got no answer (ValueError: Invalid protobuf"),
