@@ -32,6 +32,8 @@ STEADY_S = 60.0  # one that ran so long is started again after the first pause
 MAX_LOG_BYTES = 32 << 20  # a log larger than this is moved aside when its process starts
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
+FLOWER_TASKS = ("flwr-clientapp", "flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
+
 OnEnd = Callable[[str, int, str], None]
 
 
@@ -182,6 +184,22 @@ def flower_environment(flower_home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def launcher_folder(folder: Path, task: str, module: str) -> Path:
+    """Make `folder`, to be put first in SuperExec's PATH, with a program for each kind of Flower's tasks; returns it.
+
+    That for `task` runs our `module`, all others refuse.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run = f'exec "{sys.executable}" -I -m {module} "$@"'
+    refuse = "echo 'no task of this kind is run here' >&2; exit 1"
+    for name in FLOWER_TASKS:
+        draft = folder / f".{name}"
+        draft.write_text(f"#!/bin/sh\n{run if name == task else refuse}\n", encoding="utf-8")
+        draft.chmod(0o700)
+        draft.replace(folder / name)
+    return folder
 
 
 def tail(log: Path, lines: int = 5, most_bytes: int = 4096) -> str:

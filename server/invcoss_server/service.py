@@ -29,6 +29,7 @@ from invcoss_common.supervise import (
     alone,
     flower_environment,
     free_port,
+    launcher_folder,
     program_path,
     stop_on_signals,
 )
@@ -115,10 +116,12 @@ class Service:
             *("--runtime-api-address", f"127.0.0.1:{self.port}", "--root-certificates", str(pki / "ca.crt")),
             *secret,
         )
+        launcher = launcher_folder(self.flower / "launcher", "flwr-serverapp", "invcoss_server.launch")
+        pinned = {**self.env, "PATH": f"{launcher}:{self.env['PATH']}"}
         gate = (sys.executable, "-m", "invcoss_server.gate", str(self.folder), str(self.port), "--listen", self.listen)
         return [
             Program("superlink", superlink, self.env, log / "superlink.log"),
-            Program("superexec", superexec, self.env, log / "superexec.log"),
+            Program("superexec", superexec, pinned, log / "superexec.log"),
             Program("gate", gate, self.env, log / "gate.log"),
         ]
 

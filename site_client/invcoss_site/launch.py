@@ -1,7 +1,7 @@
 """The pinned launcher: what a site runs in place of Flower's `flwr-clientapp`.
 
 Flower's SuperExec finds the program for a task through PATH, and that program would unpack the coordinator's app bundle
-and run the code in it. A site puts `launcher_folder` first in PATH: the bundle is only looked at, the installed wheel
+and run the code in it. A site's `start` puts this first in PATH: the bundle is only looked at, the installed wheel
 answers, and every other kind of task is refused. Two names that Flower does not declare public are replaced; a test
 holds them against each version of Flower that is allowed.
 """
@@ -9,18 +9,14 @@ holds them against each version of Flower that is allowed.
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import flwr.supernode.runtime.run_clientapp as runtime
 from flwr.clientapp import ClientApp
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from invcoss_common.bundle import check_bundle
-
-REFUSED_TASKS = ("flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
 
 
 def check_only(fab_content: bytes, **_: object) -> None:
@@ -43,19 +39,6 @@ def load_installed(**_: object) -> Callable[[str, str, str], ClientApp]:
 
 
 REPLACED = {"install_from_fab": check_only, "get_load_client_app_fn": load_installed}  # names in `runtime`
-
-
-def launcher_folder(folder: Path) -> Path:
-    """Make `folder` with the programs that SuperExec may start; returns it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    run = f'exec "{sys.executable}" -I -m invcoss_site.launch "$@"'
-    refuse = "echo 'this site runs no task of this kind' >&2; exit 1"
-    for name in ("flwr-clientapp", *REFUSED_TASKS):
-        draft = folder / f".{name}"
-        draft.write_text(f"#!/bin/sh\n{run if name == 'flwr-clientapp' else refuse}\n", encoding="utf-8")
-        draft.chmod(0o700)
-        draft.replace(folder / name)
-    return folder
 
 
 def missing_names() -> list[str]:

@@ -24,6 +24,7 @@ from invcoss_common.supervise import (
     direct_loopback,
     flower_environment,
     free_port,
+    launcher_folder,
     program_path,
     stop_on_signals,
     tail,
@@ -97,8 +98,7 @@ def _agent(home: SiteHome) -> Program:
 
 
 def _network(home: SiteHome, address: str) -> list[Program]:
-    from invcoss_site.launch import launcher_folder  # here, because they import Flower, which takes seconds
-    from invcoss_site.node import release_node
+    from invcoss_site.node import release_node  # here, because it imports Flower, which takes seconds
 
     flower = home.root / "flower"
     secret = flower / "superexec.secret"
@@ -120,7 +120,8 @@ def _network(home: SiteHome, address: str) -> list[Program]:
         *("--runtime-api-address", f"127.0.0.1:{port}", "--insecure"),
         *("--superexec-auth-secret-file", str(secret)),
     )
-    pinned = {**env, "PATH": f"{launcher_folder(home.root / 'launcher')}:{env['PATH']}"}
+    launcher = launcher_folder(home.root / "launcher", "flwr-clientapp", "invcoss_site.launch")
+    pinned = {**env, "PATH": f"{launcher}:{env['PATH']}"}
     return [
         Program("supernode", supernode, env, home.log / "supernode.log", before=partial(release_node, home)),
         Program("superexec", superexec, pinned, home.log / "superexec.log"),

@@ -13,7 +13,8 @@ from flwr.clientapp import ClientApp
 
 from invcoss_common.bundle import FEDERATION, MAX_BYTES, bundle_text, check_bundle
 from invcoss_common.errors import BundleRefused
-from invcoss_site.launch import REFUSED_TASKS, check_only, launcher_folder, load_installed
+from invcoss_common.supervise import FLOWER_TASKS, launcher_folder
+from invcoss_site.launch import check_only, load_installed
 
 
 def bundle(text=FEDERATION, **others):
@@ -72,20 +73,32 @@ def test_an_app_that_cannot_be_loaded_tells_the_coordinator_nothing(monkeypatch,
     assert "invcoss_site.app" in capsys.readouterr().err
 
 
-def test_every_other_task_of_flower_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "module", "words"),
+    [
+        ("flwr-clientapp", "invcoss_site.launch", "Run a Flower ClientApp"),
+        ("flwr-serverapp", "invcoss_server.launch", "Run a Flower ServerApp"),
+    ],
+)
+def test_every_other_task_of_flower_is_refused(tmp_path, task, module, words):
     from flwr.supercore.superexec.executor.subprocess_executor import TASK_TYPE_TO_COMMAND
 
-    folder = launcher_folder(tmp_path / "launcher")
-    assert (
-        {path.name for path in folder.iterdir()}
-        == set(TASK_TYPE_TO_COMMAND.values())
-        == {
-            "flwr-clientapp",
-            *REFUSED_TASKS,
-        }
-    )
-    for name in REFUSED_TASKS:
+    folder = launcher_folder(tmp_path / "launcher", task, module)
+    assert {path.name for path in folder.iterdir()} == set(TASK_TYPE_TO_COMMAND.values()) == set(FLOWER_TASKS)
+    for name in set(FLOWER_TASKS) - {task}:
         done = subprocess.run([folder / name, "--token", "x"], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (1, "this site runs no task of this kind\n")
-    done = subprocess.run([folder / "flwr-clientapp", "--help"], capture_output=True, text=True, check=False)
-    assert "Run a Flower ClientApp" in done.stdout
+        assert (done.returncode, done.stderr) == (1, "no task of this kind is run here\n")
+    done = subprocess.run([folder / task, "--help"], capture_output=True, text=True, check=False)
+    assert words in done.stdout
+
+
+def test_the_coordinator_unpacks_its_own_bundle_only(monkeypatch):
+    from invcoss_server import launch
+
+    assert "install_from_fab(fab.content, skip_prompt=True)" in inspect.getsource(launch.runtime.run_serverapp)
+    unpacked = []
+    monkeypatch.setattr(launch, "_unpack", lambda data, skip_prompt: unpacked.append(data))
+    launch.check_and_unpack(bundle(), skip_prompt=True)
+    with pytest.raises(BundleRefused, match="code is never accepted"):
+        launch.check_and_unpack(bundle(**{"server.py": ""}), skip_prompt=True)
+    assert unpacked == [bundle()]
