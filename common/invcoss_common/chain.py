@@ -1,4 +1,4 @@
-"""Append-only records: a text file of one JSON object a line, chained by sha256 and signed; docs/records.md for auditors.
+"""Append-only records: a text file of one JSON object a line, chained by sha256 and signed (docs/records.md).
 
 Every record names its number, its time (UTC), its kind and the digest of the line before it, and where its owner has a
 key, ends in a signature over all that. Nothing can be altered, removed, put in or exchanged unnoticed, but the newest
@@ -27,6 +27,7 @@ from invcoss_common.keys import check_signature, sign
 
 RECORD = "record"  # kind of signed document
 MAX_LINE_BYTES = 64 << 10
+OWN = frozenset({"n", "time", "previous", "chain", "cut", "signature"})  # what the chain itself puts into a record
 
 Value = str | int | list[str]  # no fractions: their text differs from one program to the next
 Record = dict[str, Any]
@@ -112,7 +113,7 @@ class Writer:
         that it was cut off (`cut` bytes) is not in the record that is there, or the rest still is.
         """
         record: Record = {"n": self.head.n + 1, "time": time or now(), "kind": kind, "previous": self.head.digest}
-        assert not record.keys() & values.keys()
+        assert not (OWN | {"kind"}) & values.keys()
         record.update(values)
         if not self.last:
             record["chain"] = self._name
@@ -145,7 +146,9 @@ def verify(path: Path, keys: Sequence[Ed25519PublicKey] = (), head: Head | None 
     Each record must have the signature of one of `keys`: several where the owner's key was changed; without keys no
     signature is looked at. Raises ChainError with the line and what is wrong with it.
     """
-    current, first, record = NOTHING, {}, {}
+    current = NOTHING
+    first: Record = {}
+    record: Record = {}
     for number, line in _lines(path):
         where, before = f"line {number}", f"line {number - 1}"
         if not line.endswith(b"\n"):

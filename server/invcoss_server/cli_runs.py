@@ -16,6 +16,7 @@ from rich.table import Table
 
 from invcoss_common.command import AsJson, service_says, tell
 from invcoss_common.config import load_plan
+from invcoss_common.verifier import KnownHead, Last, show, tell_verified
 
 commands = typer.Typer()
 
@@ -167,6 +168,26 @@ def logs(
     else:
         for event in Tail(found.folder / EVENTS, from_start=True).new():
             show(event)
+
+
+@commands.command()
+def ledger(folder: ConsortiumFolder, name: RunName, last: Last = None, as_json: AsJson = False) -> None:
+    """Show what happened to a run; nothing is verified."""
+    from invcoss_server.ledger import LEDGER
+    from invcoss_server.runs import open_run
+
+    show(open_run(folder, name).folder / LEDGER, last, as_json)
+
+
+@commands.command()
+def verify(folder: ConsortiumFolder, name: RunName, head: KnownHead = None, as_json: AsJson = False) -> None:
+    """Verify the ledger of a run."""
+    from invcoss_server.ledger import LEDGER, coordinator_key
+    from invcoss_server.runs import open_run
+
+    path = open_run(folder, name).folder
+    key = coordinator_key(path)
+    tell_verified(path / LEDGER, [key.public_key()] if key else [], head, as_json)
 
 
 def _watch(folder: Path, name: str, detach: bool, as_json: bool) -> None:

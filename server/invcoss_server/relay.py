@@ -17,7 +17,7 @@ from pathlib import Path
 from invcoss_common import __version__
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import Plan, WireDtype
-from invcoss_common.errors import InvcossError, SiteError
+from invcoss_common.errors import CredentialError, InvcossError, ProtocolError, SiteError, WeightsError
 from invcoss_common.modality import Geometry
 from invcoss_common.model import MultiModalMAE, build_model, extend_model
 from invcoss_common.records import Artefact, HandOff, Pool, Report, Status, Task
@@ -54,6 +54,7 @@ def relay(plan: Plan, courier: Courier, out: Path, synthesise: Synthesise = synt
     Raises InvcossError when a stage fails, RunHalted when the operator asked to pause or stop.
     """
     state = RunState(out / "state.db", plan)
+    state.write_ledger()
     run = Run(
         plan,
         HeedingCourier(courier, state),
@@ -153,17 +154,22 @@ def do_hop(run: Run, handoff: HandOff, number: int, of: int) -> Report:
     began = time.monotonic()
     sent = deliver(run.courier, site, handoff, run.store, config, closed)
     delivered = time.monotonic()
+    report: Report | None = None
     try:
         report = wait(run.courier, site, handoff, config, tell)
+        check_report(report, handoff)
+        worked = time.monotonic()
+        received = sum(fetch(run.courier, site, artefact, run.store, config, closed) for artefact in report.artefacts)
+        if report.model and report.statistics:
+            check_model(run.store.path(report.model), handoff)
+            check_statistics(run.store.path(report.statistics), report, handoff.task)
     except (RunHalted, SiteSkipped):
-        call_off(run, handoff)
+        if report is None:
+            call_off(run, handoff)
         raise
-    check_report(report, handoff)
-    worked = time.monotonic()
-    received = sum(fetch(run.courier, site, artefact, run.store, config, closed) for artefact in report.artefacts)
-    if report.model and report.statistics:
-        check_model(run.store.path(report.model), handoff)
-        check_statistics(run.store.path(report.statistics), report, handoff.task)
+    except (ProtocolError, WeightsError, CredentialError) as error:
+        run.state.refuse(handoff, report, type(error).__name__)
+        raise
     fetched = time.monotonic()
     seconds = (delivered - began, worked - delivered, fetched - worked)
     run.state.record(Hop(handoff.hop, number, of, site, report, sent, received, *seconds))

@@ -2,7 +2,8 @@
 
 A stage goes waiting -> visiting -> received -> inverting -> released; `failed` names a stage whose last attempt broke
 off, and starting the run again goes on with it; `skipped` one that the operator left out. Artefacts are named here and
-lie in the artefact store. What the operator wants of the run stands here too.
+lie in the artefact store. What the operator wants of the run stands here too. Whatever changes is entered in the run's
+ledger: state first, then ledger.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from invcoss_common.canonical import sha256_hex
+from invcoss_common.chain import Value, now
 from invcoss_common.config import Plan, parse_plan
 from invcoss_common.errors import PlanError
 from invcoss_common.records import Artefact, HandOff, Report, from_bytes, to_bytes
+from invcoss_server.ledger import Entry, write_ledger
 
 StageState = Literal["waiting", "visiting", "received", "inverting", "released", "failed", "skipped"]
 Wanted = Literal["running", "paused", "stopped"]
@@ -37,6 +41,9 @@ CREATE TABLE IF NOT EXISTS hop (
 CREATE TABLE IF NOT EXISTS hand_off (hop TEXT PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS wanted (one INTEGER PRIMARY KEY CHECK (one = 1), wanted TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS skipped (site TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS ledger (
+    entry INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL, content TEXT NOT NULL
+);
 """
 
 
@@ -74,13 +81,14 @@ class RunState:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self._path, self._name = path, plan.name
         with self._transaction() as db:
             db.executescript(_TABLES)
             known = db.execute("SELECT plan FROM run").fetchone()
             if known is None:
                 row = (plan.digest(), plan.model_dump_json(), time.time())
                 db.execute("INSERT INTO run VALUES (?, ?, ?)", row)
+                _enter(db, "run", plan=plan.digest(), sites=[stage.site for stage in plan.stages])
             elif _parse(known[0], path) != plan:  # not by digest: newer software may have added a field
                 raise PlanError(f"{path.parent} holds a run of another plan; choose another --out, or remove it")
 
@@ -108,8 +116,10 @@ class RunState:
         same = {"stages": old.stages, "modalities": old.modalities, "simulation": old.simulation}
         if new.model_copy(update=same) != old or not old.modalities.items() <= new.modalities.items():
             raise PlanError("besides further stages and modalities the plan must be the one of the run")
-        with self._transaction() as db:
+        with self._change() as db:
             db.execute("UPDATE run SET plan_digest = ?, plan = ?", (new.digest(), new.model_dump_json()))
+            sites = [stage.site for stage in new.stages[known:]]
+            _enter(db, "order", order="add-stage", plan=new.digest(), sites=sites)
 
     def wanted(self) -> Wanted:
         """What the operator wants of the run."""
@@ -119,8 +129,9 @@ class RunState:
 
     def want(self, wanted: Wanted) -> None:
         assert wanted in get_args(Wanted)
-        with self._transaction() as db:
+        with self._change() as db:
             db.execute("INSERT OR REPLACE INTO wanted VALUES (1, ?)", (wanted,))
+            _enter(db, "order", order=wanted)
 
     def skipped_sites(self) -> set[str]:
         """Sites that the run goes on without."""
@@ -128,8 +139,9 @@ class RunState:
             return {row[0] for row in db.execute("SELECT site FROM skipped")}
 
     def skip(self, site: str) -> None:
-        with self._transaction() as db:
+        with self._change() as db:
             db.execute("INSERT OR IGNORE INTO skipped VALUES (?)", (site,))
+            _enter(db, "order", order="skip-site", site=site)
 
     def stage(self, number: int) -> Stage:
         with self._transaction() as db:
@@ -151,11 +163,18 @@ class RunState:
         names = ", ".join(columns)
         update = ", ".join(f"{name} = excluded.{name}" for name in columns)
         marks = ", ".join("?" * len(columns))
-        with self._transaction() as db:
+        digests = {name: value.sha256 for name, value in produced.items() if isinstance(value, Artefact)}
+        with self._change() as db:
+            before = db.execute("SELECT state FROM stage WHERE stage = ?", (number,)).fetchone()
             db.execute(
                 f"INSERT INTO stage (stage, {names}) VALUES (?, {marks}) ON CONFLICT (stage) DO UPDATE SET {update}",  # noqa: S608 - names are ours
                 (number, *columns.values()),
             )
+            if before != (state,) or error:
+                failed = {"error": error} if error else {}
+                _enter(db, "stage", stage=number, state=state, **failed, **digests)
+            elif digests:
+                _enter(db, "produced", stage=number, **digests)
 
     def hand_off(self, hop: str) -> HandOff | None:
         """The hand-off of `hop`, if it was made before."""
@@ -169,11 +188,15 @@ class RunState:
             return int(db.execute("SELECT count(*) FROM hand_off").fetchone()[0])
 
     def keep_hand_off(self, handoff: HandOff) -> None:
-        with self._transaction() as db:
-            db.execute("INSERT INTO hand_off VALUES (?, ?)", (handoff.hop, to_bytes(handoff).decode()))
+        content = to_bytes(handoff)
+        pools = [pool.artefact.sha256 for pool in handoff.pools]
+        with self._change() as db:
+            db.execute("INSERT INTO hand_off VALUES (?, ?)", (handoff.hop, content.decode()))
+            values: dict[str, Value] = {"handoff": sha256_hex(content), "model": handoff.model.sha256, "pools": pools}
+            _enter(db, "hand-off", hop=handoff.hop, site=handoff.receiver, sequence=handoff.sequence, **values)
 
     def record(self, hop: Hop) -> None:
-        """Note a finished hop."""
+        """Note a finished hop, whose report was accepted."""
         row = (
             hop.hop,
             hop.stage,
@@ -186,8 +209,18 @@ class RunState:
             hop.work_s,
             hop.fetch_s,
         )
-        with self._transaction() as db:
+        with self._change() as db:
+            before = db.execute("SELECT report FROM hop WHERE hop = ?", (hop.hop,)).fetchone()
             db.execute("INSERT OR REPLACE INTO hop VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if before != (row[4],):  # not when it was fetched again after a kill
+                values = {"sent_bytes": hop.sent_bytes, "received_bytes": hop.received_bytes}
+                _enter(db, "accepted", hop=hop.hop, site=hop.site, **_digests(hop.report), **values)
+
+    def refuse(self, handoff: HandOff, report: Report | None, error: str) -> None:
+        """Enter that the answer to a hand-off was refused, and why: the class of the error."""
+        digests = _digests(report) if report else {}
+        with self._change() as db:
+            _enter(db, "refused", hop=handoff.hop, site=handoff.receiver, error=error, **digests)
 
     def hops(self) -> list[Hop]:
         """Every finished hop, by stage."""
@@ -205,12 +238,38 @@ class RunState:
         """The forgetting matrix: held-out loss by (after stage, modality of stage)."""
         return {(hop.stage, hop.of_stage): hop.report.metrics["heldout_mim_loss"] for hop in self.hops()}
 
+    def write_ledger(self) -> None:
+        """Bring the ledger up to this state, if a kill came in between; raises ChainError, OSError."""
+        write_ledger(self._path.parent, self._name, self._entries_from)
+
+    def _entries_from(self, number: int) -> list[Entry]:
+        query = "SELECT entry, time, kind, content FROM ledger WHERE entry >= ? ORDER BY entry"
+        with self._transaction() as db:
+            rows = db.execute(query, (number,)).fetchall()
+        return [Entry(entry, time, kind, json.loads(content)) for entry, time, kind, content in rows]
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that makes entries for the ledger."""
+        with self._transaction() as db:
+            yield db
+        self.write_ledger()
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         # A connection each time: it is cheap, holds no lock between steps, and works from any thread.
         with closing(sqlite3.connect(self._path, timeout=30)) as db, db:
             db.execute("PRAGMA synchronous = FULL")
             yield db
+
+
+def _enter(db: sqlite3.Connection, kind: str, **values: Value) -> None:
+    db.execute("INSERT INTO ledger (time, kind, content) VALUES (?, ?, ?)", (now(), kind, json.dumps(values)))
+
+
+def _digests(report: Report) -> dict[str, Value]:
+    artefacts: Value = [artefact.sha256 for artefact in report.artefacts]
+    return {"report": sha256_hex(to_bytes(report)), "artefacts": artefacts}
 
 
 def _parse(plan: str, path: Path) -> Plan:

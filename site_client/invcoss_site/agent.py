@@ -22,6 +22,7 @@ from invcoss_common.canonical import write_atomic
 from invcoss_common.errors import InvcossError
 from invcoss_common.records import Status, from_bytes, to_bytes
 from invcoss_common.supervise import alone, stop_on_signals
+from invcoss_site import journal
 from invcoss_site.home import SiteHome, load_home
 from invcoss_site.work import AGENT_LOCK, is_idle, start_process, worker_group
 
@@ -59,9 +60,14 @@ class Agent:
         file = self.home.hop_folder(hop) / "status.json"
         status = _status(file)
         if self._starts(hop, status) > STARTS:
-            write_atomic(file, to_bytes(status.model_copy(update={"state": "failed", "error": "WorkerKilled"})))
+            self._fail(hop, status, "WorkerKilled")
         else:
             self.worker = start_process(self.home, hop)
+
+    def _fail(self, hop: str, status: Status, error: str) -> None:
+        journal.failed(self.home, hop, error)
+        failed = status.model_copy(update={"state": "failed", "error": error})
+        write_atomic(self.home.hop_folder(hop) / "status.json", to_bytes(failed))
 
     def _starts(self, hop: str, status: Status) -> int:
         """How often a worker was started from where `status` stands, with this time."""
@@ -81,8 +87,7 @@ class Agent:
             return  # its end is seen at the next look
         status = _status(folder / "status.json")
         if status.state in ("queued", "running"):
-            aborted = status.model_copy(update={"state": "failed", "error": "Aborted"})
-            write_atomic(folder / "status.json", to_bytes(aborted))
+            self._fail(hop, status, "Aborted")
         (folder / "abort").unlink()
 
 

@@ -10,9 +10,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from invcoss_common.config import load_plan
+from invcoss_common.errors import ProtocolError
 from invcoss_common.records import Response
 from invcoss_common.wire import decode_request, encode_response
-from invcoss_site.desk import answer
+from invcoss_site.desk import answer, refuse
 from invcoss_site.home import SiteHome, load_home
 from invcoss_site.node import remember_node
 from invcoss_site.simulated import simulated_home
@@ -30,7 +31,10 @@ def query(message: Message, context: Context) -> Message:
             remember_node(home, context.node_id)
         else:  # nobody is left to stop a worker, so it ends with the process that plays the site
             home, start_work = _simulated(context), start_beside
-        response = answer(decode_request(message.content), home, start_work)
+        try:
+            response = answer(decode_request(message.content), home, start_work)
+        except ProtocolError as error:
+            response = refuse(home, None, error)
     except Exception as error:
         traceback.print_exc()
         response = Response({"error": error_class(error)})

@@ -17,11 +17,13 @@ from rich.table import Table
 from invcoss_common.command import AsJson, run_command, service_says, tell
 from invcoss_common.errors import DataError
 from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
+from invcoss_common.verifier import Keys, KnownHead, Last, read_keys, show, tell_verified, verify_chain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Part = Literal["all", "agent", "network"]
 SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
+app.command()(verify_chain)
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
 
 
@@ -180,6 +182,24 @@ def doctor(
 
     os.environ.update(direct_loopback())  # as for the programs that `start` starts
     raise typer.Exit(report(partial(examine, folder, timeout), as_json))
+
+
+@app.command()
+def journal(folder: SiteFolder, last: Last = None, as_json: AsJson = False) -> None:
+    """Show what left this site, and what it decided; nothing is verified."""
+    from invcoss_site.journal import JOURNAL
+
+    show(folder / JOURNAL, last, as_json)
+
+
+@app.command()
+def verify(folder: SiteFolder, key: Keys = None, head: KnownHead = None, as_json: AsJson = False) -> None:
+    """Verify this site's journal; --key names the site's earlier keys, if it had others."""
+    from invcoss_site.home import load_home
+    from invcoss_site.journal import JOURNAL, journal_key
+
+    own = journal_key(load_home(folder))
+    tell_verified(folder / JOURNAL, [*([own.public_key()] if own else []), *read_keys(key)], head, as_json)
 
 
 def main() -> None:

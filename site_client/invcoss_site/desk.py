@@ -28,6 +28,7 @@ from invcoss_common.records import (
     to_bytes,
 )
 from invcoss_common.wire import MAX_PART_BYTES
+from invcoss_site import journal
 from invcoss_site.handoffs import check_coordinator, check_sequence
 from invcoss_site.home import SiteHome
 from invcoss_site.transfer import check_open, count, is_open
@@ -39,13 +40,29 @@ _HOP: TypeAdapter[str] = TypeAdapter(HopId)
 def answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> Response:
     """The site's answer to `request`; `start_work(home, hop)` begins the work of a hop and must not wait for it."""
     try:
-        return _answer(request, home, start_work)
+        response = _answer(request, home, start_work)
+        journal.answered(home, request, response)
+        return response
     except TransferClosed as error:  # not a failure, and may be asked for all night: not for the log
-        return Response({"error": error_class(error)})
+        return refuse(home, request, error)
     except Exception as error:
         with suppress(OSError):
             log_error(home, "desk.log")
-        return Response({"error": error_class(error)})
+        return refuse(home, request, error)
+
+
+def refuse(home: SiteHome, request: Request | None, error: Exception) -> Response:
+    """The class of an error as an answer, or of the error that keeps it from being journalled, and then nothing else.
+
+    `request` is None when it could not be read.
+    """
+    try:
+        journal.refused(home, request, error_class(error))
+    except Exception as unwritten:
+        with suppress(OSError):
+            log_error(home, "desk.log")
+        error = unwritten
+    return Response({"error": error_class(error)})
 
 
 def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> Response:
@@ -131,6 +148,7 @@ def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[
         or (state == "failed" and attempt_file.read_text("utf-8") == attempt)
     ):
         return state
+    journal.accepted(home, handoff)
     home.artefacts.keep_only({artefact.sha256 for artefact in handoff.artefacts})  # earlier hops are done
     write_atomic(attempt_file, attempt.encode())
     write_atomic(folder / "status.json", to_bytes(Status(state="queued")))

@@ -18,10 +18,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from invcoss_common.canonical import write_atomic
+from invcoss_common.errors import InvcossError
 from invcoss_common.records import HandOff, Report, Status, from_bytes, to_bytes
+from invcoss_site import journal
 from invcoss_site.handoffs import sign_report
 from invcoss_site.home import SiteHome, load_home
 
@@ -95,7 +98,10 @@ def work(home: SiteHome, hop: str, visit: Visit) -> Status:
 
     try:
         note(last)
-        report = visit(_handoff(home, hop), home, note)
+        handoff = _handoff(home, hop)
+        journal.begun(home, handoff)
+        report = visit(handoff, home, note)
+        journal.done(home, report)
         content = to_bytes(report)
         write_atomic(folder / "report.signature", sign_report(home, content).encode())
         write_atomic(folder / "report.json", content)
@@ -103,6 +109,8 @@ def work(home: SiteHome, hop: str, visit: Visit) -> Status:
     except Exception as error:
         log_error(home, "visit.log")
         final = last.model_copy(update={"state": "failed", "error": error_class(error)})
+        with suppress(OSError, InvcossError):  # if the journal is what failed, no answer leaves either
+            journal.failed(home, hop, final.error)
     write_atomic(folder / "status.json", to_bytes(final))
     return final
 

@@ -76,6 +76,7 @@ def test_public_keys_come_back_from_their_text_and_have_one_digest_in_every_form
         "x" * 100_000,
         "\ud800",
     ],
+    ids=["empty", "no key", "cut", "node key", "comment", "newline", "space", "long", "surrogate"],
 )
 def test_what_is_not_a_signing_key_is_refused(text):
     with pytest.raises(CredentialError, match="not a"):

@@ -143,7 +143,7 @@ class Deployment:
             return _read_pids(self.consortium / "service.pids").get("superlink")
         if kind == "serverapp":
             superexec = _read_pids(self.consortium / "service.pids").get("superexec")
-            return next(iter(_children(superexec, b"flwr-serverapp")), None) if superexec else None
+            return next(iter(_children(superexec, b"invcoss_server.launch")), None) if superexec else None
         home = self.home(site or self.plan.sites[0])
         if kind in ("supernode", "agent"):
             return _read_pids(home.root / "all.pids").get(kind)

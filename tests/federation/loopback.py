@@ -11,9 +11,9 @@ from flwr.app import RecordDict
 from invcoss_common.records import Request, Response, negotiate
 from invcoss_common.wire import decode_request, decode_response, encode_request, encode_response
 from invcoss_server.courier import checked
-from invcoss_site.desk import answer
+from invcoss_site.desk import answer, refuse
 from invcoss_site.home import SiteHome
-from invcoss_site.work import Visit, error_class, take_lock, work
+from invcoss_site.work import Visit, take_lock, work
 
 StartWork = Callable[[SiteHome, str], None]
 Site = Callable[[RecordDict, SiteHome, StartWork], RecordDict]
@@ -36,9 +36,10 @@ def work_here(visit: Visit) -> StartWork:
 def site_of_today(record: RecordDict, home: SiteHome, start_work: StartWork) -> RecordDict:
     """What a site's Flower app does with a message."""
     try:
-        return encode_response(answer(decode_request(record), home, start_work))
+        request = decode_request(record)
     except Exception as error:
-        return encode_response(Response({"error": error_class(error)}))
+        return encode_response(refuse(home, None, error))
+    return encode_response(answer(request, home, start_work))
 
 
 class LoopbackCourier:
