@@ -28,8 +28,9 @@ from invcoss_common.model import MultiModalMAE
 from invcoss_common.seeds import derive_seed, generator_for
 from invcoss_common.weights import read_model
 from invcoss_server.pool import pool_from_bytes
-from invcoss_site.audit import Audit, AuditSettings, Calibration, audit_against, calibrate, membership_auc, wilson
+from invcoss_site.audit import Audit, Calibration, audit_against, calibrate, membership_auc, wilson
 from invcoss_site.batches import whole_images
+from invcoss_site.policy import AuditSettings
 from measurement import MEASUREMENTS, mean, write_measurement
 from retention import METHODS, Stage, buffer_of, site_images, trained
 

@@ -100,6 +100,18 @@ class EvaluateConfig(_Part):
     max_images: int = Field(default=2000, ge=1)
 
 
+class DpConfig(_Part):
+    """Differential privacy of a site's training cases: DP-SGD, and Gaussian noise on the shipped statistics.
+
+    The budget (epsilon) is each site's own policy; here is what the training does.
+    """
+
+    noise_multiplier: float = Field(default=1.0, gt=0, le=1e3, description="SD of the noise over clip_norm")
+    clip_norm: float = Field(default=1.0, gt=0, le=1e3, description="largest gradient norm of one image")
+    statistics_noise: float = Field(default=10.0, gt=0, le=1e3, description="noise multiplier of the statistics")
+    delta: float = Field(default=1e-5, gt=0, lt=0.1)
+
+
 class RelayConfig(_Part):
     """How the coordinator talks to sites. Time-outs are on lack of progress only, never on total time."""
 
@@ -108,6 +120,9 @@ class RelayConfig(_Part):
     answer_s: float = Field(default=120.0, gt=0, le=86400, description="ask again when no answer came so long")
     skip_absent_s: float | None = Field(
         default=None, gt=0, description="leave out a stage whose site has been away so long; unset: wait for it"
+    )
+    audit: bool = Field(
+        default=True, description="a pool goes to the site it was learned from first, and nowhere without its release"
     )
     attempts: int = Field(default=3, ge=1, le=100, description="tries of one message before the stage fails")
     part_mib: int = Field(default=64, ge=1, le=128, description="largest part of an artefact in one message")
@@ -163,6 +178,7 @@ class Plan(_Part):
     replay: ReplayConfig = ReplayConfig()
     inversion: InversionConfig = InversionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    dp: DpConfig | None = Field(default=None, description="train with differential privacy")
     relay: RelayConfig = RelayConfig()
     modalities: dict[Name, Modality] = {}
     stages: tuple[StageConfig, ...] = Field(min_length=1, max_length=64)

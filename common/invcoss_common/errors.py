@@ -13,7 +13,21 @@ InvcossError (1)
 │   ├── TransferClosed     the site's own [transfer] lets nothing cross now; it will later
 │   └── SiteUnreachable    no answer, or no progress; a site that is only away for a while comes back
 ├── CredentialError (9)    a key, certificate or enrolment file, or a connection that they should secure
-└── ChainError (10)        a journal or ledger that was altered or damaged
+├── ChainError (10)        a journal or ledger that was altered or damaged
+├── PolicyRefused (11)     a site's own policy does not allow it; the class is the class of rule
+│   ├── PlanNotAllowed     the plan's digest is not on the site's list
+│   ├── TaskNotAllowed     modality or kind of work
+│   ├── LimitExceeded      epochs, steps, hours, disk, size of the model or the pools
+│   ├── TooFewCases        fewer cases than may stand behind a model or a number
+│   ├── OutsideHours       the hour of the day; it will be allowed later
+│   ├── NotApproved        a person at the site said no
+│   ├── DpRequired         the site trains with differential privacy only, or with more of it
+│   ├── BudgetSpent        the visit would exceed the site's privacy budget
+│   ├── AuditRequired      the plan would hand pools on without the site's audit
+│   └── UploadSpent        the visit would send more than the site's upload budget
+├── EgressRefused (12)     the guard: something was about to leave a site that is not on the list of what may
+└── ReleaseMissing (13)    a pool without, or not as in, the signed release of its origin site
+    └── PoolRefused        the origin site's audit refused the whole pool
 """
 
 from __future__ import annotations
@@ -100,3 +114,65 @@ class ChainError(InvcossError):
     """A journal or ledger is not as it was written; the text names the line."""
 
     exit_code = 10
+
+
+class PolicyRefused(InvcossError):
+    """A site's own policy does not allow it; the name of the class is all that the coordinator learns."""
+
+    exit_code = 11
+
+
+class PlanNotAllowed(PolicyRefused):
+    """The plan is not one of those that the site agreed to."""
+
+
+class TaskNotAllowed(PolicyRefused):
+    """The modality, or the kind of work, is not one that the site does."""
+
+
+class LimitExceeded(PolicyRefused):
+    """Epochs, steps, hours, disk, or the size of the model or the pools are beyond the site's limits."""
+
+
+class TooFewCases(PolicyRefused):
+    """Fewer cases than the site lets stand behind a model or a number."""
+
+
+class OutsideHours(PolicyRefused):
+    """Not at this hour of the day."""
+
+
+class NotApproved(PolicyRefused):
+    """A person at the site said no."""
+
+
+class DpRequired(PolicyRefused):
+    """The site trains with differential privacy only, or with more of it than was asked for."""
+
+
+class BudgetSpent(PolicyRefused):
+    """The visit would exceed the site's privacy budget."""
+
+
+class AuditRequired(PolicyRefused):
+    """The site's pools may not be handed on without its audit."""
+
+
+class UploadSpent(PolicyRefused):
+    """The visit would send more than the site's upload budget."""
+
+
+class EgressRefused(InvcossError):
+    """Something was about to leave a site that is not on the list of what may; nothing of it left."""
+
+    exit_code = 12
+
+
+class ReleaseMissing(InvcossError):
+    """A pool without the release of its origin site, or not the one that was released; it goes nowhere."""
+
+    exit_code = 13
+
+
+class PoolRefused(ReleaseMissing):
+    """The origin site's audit refused the whole pool."""

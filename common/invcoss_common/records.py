@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from invcoss_common.canonical import canonical_json
-from invcoss_common.config import EvaluateConfig, Name, ReplayConfig, TrainConfig, WireDtype
+from invcoss_common.config import DpConfig, EvaluateConfig, Name, ReplayConfig, Share, TrainConfig, WireDtype
 from invcoss_common.errors import ProtocolError
 from invcoss_common.metrics import CURVE_POINTS, check_metrics
 from invcoss_common.modality import Geometry, Modality, ModelShape
@@ -25,10 +25,12 @@ HANDOFF, REPORT = "hand-off", "report"  # kinds of signed documents
 MAX_RECORD_BYTES = 1 << 20  # a hand-off or report is JSON of a few kB; more is refused unread
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|eval-[a-z0-9-]{1,48})$")]
+HopId = Annotated[str, Field(pattern=r"^s[0-9]{2}-(train|audit|eval-[a-z0-9-]{1,48})$")]
 CurvePoint = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Ratio = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 HopState = Literal["unknown", "queued", "running", "done", "failed"]
-Phase = Literal["reading", "training", "statistics", "evaluating"]
+Phase = Literal["approval", "reading", "training", "statistics", "evaluating", "auditing"]
 Verb = Literal["hello", "have", "put", "start", "status", "get", "purge", "abort"]
 
 
@@ -86,9 +88,12 @@ class Pool(_Record):
 
 
 class Task(_Record):
-    """What a site is asked to do, complete: modality, input geometry, training, replay and evaluation."""
+    """What a site is asked to do, complete: modality, input geometry, training, replay and evaluation.
 
-    kind: Literal["train", "evaluate"]
+    `audit`: compare the one pool of the hand-off, made of this site's model of `stage`, with the site's own images.
+    """
+
+    kind: Literal["train", "evaluate", "audit"]
     stage: int = Field(ge=0, lt=64)
     modality_name: str
     modality: Modality
@@ -106,7 +111,7 @@ class Task(_Record):
 class HandOff(_Record):
     """Coordinator to site: the task, the model to start from, the pools to rehearse; `wire_dtype` is of models."""
 
-    added: ClassVar[dict[str, int]] = {"wire_dtype": 2, "sequence": 2}
+    added: ClassVar[dict[str, int]] = {"wire_dtype": 2, "sequence": 2, "audited": 2, "dp": 2}
 
     protocol: Version = PROTOCOL_VERSION
     run: Name
@@ -119,6 +124,8 @@ class HandOff(_Record):
     pools: tuple[Pool, ...] = ()
     wire_dtype: WireDtype = "float32"
     sequence: int = Field(default=0, ge=0, lt=2**31, description="counts the hand-offs of a run; 0 where not counted")
+    audited: bool = Field(default=False, description="pools of this run go nowhere without their origin site's release")
+    dp: DpConfig | None = Field(default=None, description="train with differential privacy (DP-SGD)")
 
     @property
     def artefacts(self) -> tuple[Artefact, ...]:
@@ -126,8 +133,64 @@ class HandOff(_Record):
         return (self.model, *(pool.artefact for pool in self.pools))
 
 
+class Interval(_Record):
+    """A measured share or probability with its confidence interval."""
+
+    value: Share
+    low: Share
+    high: Share
+
+
+class AuditFigures(_Record):
+    """What a leak audit found of a pool as a whole; nothing in it is about a single image."""
+
+    pool_images: Count
+    train_images: Count
+    heldout_images: Count
+    copies: Count = Field(description="exact or near copies of a training image")
+    beyond: Interval = Field(description="share of the pool nearer to training than the threshold allows")
+    refuse_share: Share = Field(description="refused when `beyond` is surely above this")
+    closer: Interval = Field(description="share of the pool whose nearest image of all is a training image")
+    closer_by_chance: Share = Field(description="that share if training and held-out images were alike to the model")
+    median_ratio: Ratio = Field(description="distance to the nearest training over that to the nearest held-out image")
+    null_median_ratio: Ratio = Field(description="the same of the held-out images")
+    features_beyond: Share = Field(description="share of the pool that features alone would drop")
+    threshold: Ratio = Field(description="score below which an image is dropped")
+    false_positive_rate: Share = Field(description="largest expected share of innocent images below the threshold")
+
+
+class Release(_Record):
+    """The origin site's word, part of its signed report, on what of a pool may travel; it holds no image."""
+
+    stage: int = Field(ge=0, lt=64)
+    pool: Digest = Field(description="of the pool as it came to the audit")
+    released: Artefact | None = Field(description="the pool file without the dropped images; None: nothing may travel")
+    dropped: tuple[Annotated[int, Field(ge=0, lt=1_000_000)], ...] = Field(
+        max_length=100_000, description="rows of the pool that may not travel, ascending"
+    )
+    figures: AuditFigures
+    membership: Interval = Field(description="AUC of membership inference on the model by its loss; 0.5 tells nothing")
+
+
+class DpSpent(_Record):
+    """Privacy spent on a site's training cases by DP-SGD and the noise on its statistics."""
+
+    epsilon: float = Field(ge=0, le=1e6, allow_inf_nan=False, description="over all visits to this site so far")
+    visit_epsilon: float = Field(ge=0, le=1e6, allow_inf_nan=False, description="of this visit alone")
+    delta: float = Field(gt=0, lt=1)
+    noise_multiplier: float = Field(gt=0, le=1e3)
+    statistics_noise: float = Field(gt=0, le=1e3, description="noise multiplier of the shipped statistics")
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+
+
 class Report(_Record):
-    """Site to coordinator: the trained model and its normalisation statistics (training only) and declared numbers."""
+    """Site to coordinator: the trained model and its normalisation statistics (training only) and declared numbers.
+
+    `release` is what an audit answers, `dp` what training with differential privacy has spent.
+    """
+
+    added: ClassVar[dict[str, int]] = {"release": 2, "dp": 2}
 
     protocol: Version = PROTOCOL_VERSION
     run: Name
@@ -139,6 +202,8 @@ class Report(_Record):
     statistics: Artefact | None = None
     metrics: dict[str, float]
     curve: tuple[CurvePoint, ...] = Field(default=(), max_length=CURVE_POINTS)
+    release: Release | None = None
+    dp: DpSpent | None = None
 
     @field_validator("metrics")
     @classmethod

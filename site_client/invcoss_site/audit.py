@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,47 +27,16 @@ from torch import Tensor
 from invcoss_common.errors import DataError
 from invcoss_common.modality import Geometry
 from invcoss_common.model import MultiModalMAE, masked_error, target_patches
+from invcoss_common.records import Interval
 from invcoss_common.seeds import generator_for
 from invcoss_common.tokens import random_mask
+from invcoss_site.policy import AuditSettings
 
 Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float32]  # uint8, or floats in [0, 1]
 OnProgress = Callable[[int, int], None]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 WINDOW = 7  # side of SSIM's Gaussian window (SD 1.5), smaller only where an image is
 TINY = 1e-6
-
-
-class AuditSettings(BaseModel):
-    """How images are compared, and when one is dropped or a whole pool refused: the site's policy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    extent_2d: int = Field(default=32, ge=16, description="2-D images are compared at this many pixels an axis at most")
-    extent_3d: int = Field(default=16, ge=8, description="the same of volumes")
-    template: float = Field(default=0.8, gt=0.5, lt=1, description="central share of each axis that is looked for")
-    scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field(
-        default=(0.88, 0.92, 0.96, 1.0, 1.04, 1.09, 1.14), min_length=1, description="sizes that it is looked for in"
-    )
-    mirrored: bool = Field(default=True, description="also look for the mirror image, which training may have seen")
-    candidates: int = Field(default=8, ge=1, description="nearest training images by pixels that SSIM is taken of")
-    references: int = Field(default=32, ge=1, description="held-out images, evenly chosen, that typical SSIM is from")
-    false_positive_rate: Share = Field(default=0.05, description="share of innocent images that may be dropped")
-    refuse_share: Share = Field(default=0.1, description="a pool surely above this share of dropped images is refused")
-    copy_correlation: Share = Field(default=0.99, description="with `copy_ssim`: from here on an image is a copy")
-    copy_ssim: Share = Field(default=0.95)
-    confidence: Share = Field(default=0.95, description="of all intervals, two-sided")
-    batch: int = Field(default=32, ge=1, description="images compared at a time; bounds the memory")
-
-
-class Interval(BaseModel):
-    """A measured share or probability with its confidence interval."""
-
-    model_config = ConfigDict(frozen=True)
-
-    value: float
-    low: float
-    high: float
 
 
 class Comparison(BaseModel):

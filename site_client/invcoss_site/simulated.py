@@ -13,9 +13,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.errors import DataError, InvcossError, PlanError
 from invcoss_site.home import SiteHome, load_home, write_home
+from invcoss_site.policy import POLICY
+
+SMALL = b"# A simulated site may be as small as one likes.\n[cases]\nmin_train = 1\nmin_heldout = 1\n"
 
 
 def simulated_home(plan: Plan, site: str, data: Path | None, out: Path) -> SiteHome:
@@ -29,6 +33,7 @@ def simulated_home(plan: Plan, site: str, data: Path | None, out: Path) -> SiteH
     source = plan.simulation.get(site)
     if source is None:
         raise PlanError(f"site '{site}' has no images; add [simulation.{site}] with phantoms or folder to the plan")
+    write_atomic(root / POLICY, SMALL)
     if source.folder is None:
         _make_phantoms(plan, site, root / "data")
         return write_home(root, site, Path("data"), ("labels.csv",))

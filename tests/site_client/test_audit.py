@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from invcoss_common.errors import DataError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model
-from invcoss_site.audit import AuditSettings, audit_against, audit_pool, calibrate, membership_auc, wilson
+from invcoss_site.audit import audit_against, audit_pool, calibrate, membership_auc, wilson
+from invcoss_site.policy import AuditSettings
 
 torch.set_num_threads(1)
 
