@@ -37,7 +37,7 @@ from measurement import write_measurement  # noqa: E402
 
 POWER_CUT = "power cut"
 LONGEST_S = 900.0  # without a kill, a relay that takes longer has not completed
-HOPS = ["s00-train", "s01-eval-00", "s01-train"]
+HOPS = ["s00-audit", "s00-train", "s01-audit", "s01-eval-00", "s01-train"]
 
 
 @dataclass

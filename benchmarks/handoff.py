@@ -5,7 +5,8 @@
 A coordinator and two sites run relays of two stages over TLS with node authentication, by their own commands. Training
 and inversion are one step, so that little but the hand-off takes long. The pool of the first stage would be small:
 while it is made the relay is paused, a pool of the size asked for is recorded as that stage's, and the relay goes on
-and delivers it as any other. Every variant has a deployment of its own:
+and delivers it as any other. Such a pool is not one to audit, so the plan is without (`relay.audit = false`), and what
+an audit adds is not measured: the pool once more, to the site before. Every variant has a deployment of its own:
 
     plain       float32; parts of 64 MiB
     small       bfloat16 and compression; parts of 64 MiB
@@ -47,16 +48,18 @@ from tests.federation.loopback import LoopbackCourier  # noqa: E402
 from tests.federation.plans import tiny_plan  # noqa: E402
 
 from invcoss_common.artefacts import ArtefactStore  # noqa: E402
+from invcoss_common.canonical import write_atomic  # noqa: E402
 from invcoss_common.config import Plan  # noqa: E402
 from invcoss_common.phantoms import write_phantoms  # noqa: E402
+from invcoss_common.pools import write_pool  # noqa: E402
 from invcoss_common.records import Artefact  # noqa: E402
 from invcoss_server.events import Tail  # noqa: E402
-from invcoss_server.pool import write_pool  # noqa: E402
 from invcoss_server.relay import relay  # noqa: E402
 from invcoss_server.runs import EVENTS  # noqa: E402
 from invcoss_server.state import Hop, RunState  # noqa: E402
 from invcoss_server.synthesis import synthesise_here  # noqa: E402
-from invcoss_site.simulated import simulated_home  # noqa: E402
+from invcoss_site.policy import POLICY  # noqa: E402
+from invcoss_site.simulated import SMALL, simulated_home  # noqa: E402
 from invcoss_site.visit import visit  # noqa: E402
 from measurement import mean, spread, write_measurement  # noqa: E402
 
@@ -67,7 +70,7 @@ GATE = "127.0.0.2"  # where the gate listens; the forwarder stands at 127.0.0.1
 
 # Part of a command line -> who that is; the first that fits.
 ROLES = {
-    "flwr-serverapp": "relay (ServerApp)",
+    "invcoss_server.launch": "relay (ServerApp)",
     "invcoss_server.synthesis": "inversion",
     "flower-superlink": "SuperLink",
     "invcoss_server.gate": "gate",
@@ -239,7 +242,7 @@ def handoff_plan(variant: Variant) -> Plan:
             "latent_channels": 4,
         },
         evaluate={"max_images": 1, "mask_draws": 1, "batch_size": 1},
-        relay={"poll_s": 0.5, "answer_s": 600.0, "stall_timeout_s": 1200.0, **variant.relay},
+        relay={"poll_s": 0.5, "answer_s": 600.0, "stall_timeout_s": 1200.0, "audit": False, **variant.relay},
         simulation={},
     )
 
@@ -249,6 +252,8 @@ def measure(variant: Variant, pool: Path, folder: Path) -> Measured:
     plan = handoff_plan(variant)
     with Deployment(folder, plan, phantoms=5, listen=GATE) as deployment:
         deployment.enrol()
+        for site in plan.sites:  # which by themselves work for no run without audits
+            write_atomic(deployment.home_folder(site) / POLICY, SMALL)
         with watched(deployment) as watch:
             deployment.start_all()
             began, idle_0 = time.time(), idle_s()

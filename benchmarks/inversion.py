@@ -31,11 +31,12 @@ from invcoss_common.config import InversionConfig, Plan, TrainConfig, load_plan
 from invcoss_common.modality import SIZES, Modality
 from invcoss_common.model import MultiModalMAE, build_model
 from invcoss_common.phantoms import write_phantoms
+from invcoss_common.pools import pool_from_bytes, pool_to_bytes
 from invcoss_common.seeds import derive_seed, generator_for
 from invcoss_common.statistics import record_statistics, statistics_from_bytes, statistics_to_bytes
 from invcoss_common.weights import model_from_bytes, model_to_bytes
 from invcoss_server.inversion import InversionProgress, OnProgress, invert
-from invcoss_server.pool import contact_sheet, pool_from_bytes, pool_to_bytes
+from invcoss_server.pool import contact_sheet
 from invcoss_server.synthesis import POOL, Job
 from invcoss_site.batches import whole_images
 from invcoss_site.evaluate import heldout_loss

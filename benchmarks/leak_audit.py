@@ -23,11 +23,13 @@ from monai.networks.layers import GaussianFilter
 from rich.console import Console
 from torch import Tensor
 
+from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.model import MultiModalMAE
+from invcoss_common.pools import pool_from_bytes
 from invcoss_common.seeds import derive_seed, generator_for
 from invcoss_common.weights import read_model
-from invcoss_server.pool import pool_from_bytes
+from invcoss_server.state import RunState
 from invcoss_site.audit import Audit, Calibration, audit_against, calibrate, membership_auc, wilson
 from invcoss_site.batches import whole_images
 from invcoss_site.policy import AuditSettings
@@ -143,7 +145,9 @@ def model_and_pool(stage: Stage, run: Path | None, work: Path) -> tuple[MultiMod
     plan, name = stage.plan, f"stage-{stage.number:02d}-{stage.name}.safetensors"
     families = [plan.geometry(number) for number in range(stage.number + 1)]
     model = read_model(run / "models" / name, plan.model_shape, families)
-    return model, pool_from_bytes((run / "pools" / name).read_bytes())
+    made = RunState.open(run / "state.db")[0].stage(stage.number).pool  # with the images that its own audit dropped
+    assert made is not None
+    return model, pool_from_bytes(ArtefactStore(run / "artefacts").path(made).read_bytes())
 
 
 def fresh_pools(stage: Stage, model: MultiModalMAE, asked: argparse.Namespace) -> list[npt.NDArray[np.uint8]]:

@@ -30,11 +30,12 @@ from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.modality import SIZES, Geometry
 from invcoss_common.model import MultiModalMAE, build_model
+from invcoss_common.pools import pool_from_bytes, pool_to_bytes
 from invcoss_common.seeds import derive_seed, generator_for
 from invcoss_common.statistics import record_statistics
 from invcoss_common.weights import model_from_bytes, model_to_bytes
 from invcoss_server.inversion import invert
-from invcoss_server.pool import contact_sheet, pool_from_bytes, pool_to_bytes, slices_sheet
+from invcoss_server.pool import contact_sheet, slices_sheet
 from invcoss_site.batches import whole_images
 from invcoss_site.evaluate import heldout_loss
 from invcoss_site.inventory import take_inventory

@@ -54,7 +54,7 @@ class ArtefactStore:
         wrong digest the upload starts from zero.
         """
         held = self.received_bytes(artefact)
-        if held == artefact.size_bytes or offset + len(data) <= held:
+        if held == artefact.size_bytes or 0 <= offset <= held - len(data):
             return held
         if offset != held or held + len(data) > artefact.size_bytes or not data:
             raise ProtocolError(f"part at {offset} of {len(data)} bytes does not continue an upload at {held} bytes")

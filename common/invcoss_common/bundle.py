@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tomllib
 import zipfile
+import zlib
 
 from invcoss_common.errors import BundleRefused
 
@@ -47,17 +49,21 @@ def check_bundle(data: bytes) -> None:
         raise BundleRefused(f"the app bundle has {len(data)} bytes; one that carries configuration only has far fewer")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(file.file_size for file in archive.infolist()) > MAX_BYTES:
+            files = archive.infolist()
+            if sum(file.file_size for file in files) > MAX_BYTES:
                 raise BundleRefused("the app bundle unpacks to more than one that carries configuration only")
-            others = len({file.filename for file in archive.infolist()} - {"pyproject.toml", MANIFEST})
-            text = archive.read("pyproject.toml").decode()
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, NotImplementedError):
+            if {file.compress_type for file in files} - {zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED}:
+                raise BundleRefused("the app bundle is packed in another way than bundles are")  # and without bound
+            others = len({file.filename for file in files} - {"pyproject.toml", MANIFEST})
+            with archive.open("pyproject.toml") as packed:
+                text = packed.read(MAX_BYTES).decode()  # all of it at once would be unpacked whatever its size
+    except (zipfile.BadZipFile, zlib.error, LookupError, ValueError, RuntimeError, EOFError, OSError, struct.error):
         raise BundleRefused("the app bundle can't be read") from None
     if others:
         raise BundleRefused(f"the app bundle carries {others} files besides its configuration; code is never accepted")
     try:
         same = tomllib.loads(text) == tomllib.loads(FEDERATION)
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         same = False
     if not same:
         raise BundleRefused("the app bundle is not the one of the software that was reviewed and installed here")

@@ -28,6 +28,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """`text` as one line of at most `most` characters, whatever somebody else put into it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `path` so that a kill at any instant leaves the old content or the new, never a part."""
     with new_file(path, mode) as draft:

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from invcoss_common.canonical import canonical_json, sha256_hex
-from invcoss_common.errors import PlanError
+from invcoss_common.canonical import canonical_json, one_line, sha256_hex
+from invcoss_common.errors import InvcossError, PlanError
 from invcoss_common.modality import MODALITIES, SIZES, Geometry, Modality, ModelShape, SizeName, geometry_for, lookup
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
@@ -245,16 +245,19 @@ def parse_plan(data: dict[str, object], origin: str) -> Plan:
         elif "input" in first and not isinstance(first["input"], dict | list):
             reason += f" (found {first['input']!r})"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        line = f"{origin}: {field}: {reason}{more}"
-        raise PlanError("".join(c if c.isprintable() else "?" for c in line)) from None
+        raise PlanError(one_line(f"{origin}: {field[:100]}: {reason[:300]}{more}", most=1000)) from None
 
 
 def load_plan(path: Path) -> Plan:
     """Read and validate a plan file; raises PlanError with one line that names the file and the field."""
+    return parse_plan(read_toml(path, "the plan", PlanError), str(path))
+
+
+def read_toml(path: Path, what: str, refusal: type[InvcossError]) -> dict[str, object]:
+    """The tables of `what`, a TOML file; raises `refusal` with one line that names the file."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(f"{path}: can't read the plan ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not a TOML file: {error}") from None
-    return parse_plan(data, str(path))
+        raise refusal(f"{path}: can't read {what} ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and lists in lists in lists, too
+        raise refusal(one_line(f"{path}: not a TOML file: {error}", most=1000)) from None

@@ -16,8 +16,8 @@ InvcossError (1)
 ├── ChainError (10)        a journal or ledger that was altered or damaged
 ├── PolicyRefused (11)     a site's own policy does not allow it; the class is the class of rule
 │   ├── PlanNotAllowed     the plan's digest is not on the site's list
-│   ├── TaskNotAllowed     modality or kind of work
-│   ├── LimitExceeded      epochs, steps, hours, disk, size of the model or the pools
+│   ├── TaskNotAllowed     modality or kind of work, an audit of a model that the site did not train
+│   ├── LimitExceeded      epochs, steps, hours, disk, size of the model or the pools, audits of one model
 │   ├── TooFewCases        fewer cases than may stand behind a model or a number
 │   ├── OutsideHours       the hour of the day; it will be allowed later
 │   ├── NotApproved        a person at the site said no
@@ -38,11 +38,6 @@ class InvcossError(Exception):
 
     exit_code = 1
 
-    @property
-    def wire_class(self) -> str:
-        """The only thing about this error that may leave a site: the name of its class."""
-        return type(self).__name__
-
 
 class PlanError(InvcossError):
     """The plan can't be run as written."""
@@ -57,7 +52,11 @@ class DataError(InvcossError):
 
 
 class UnreadableFile(DataError):
-    """One file can't be read or must not be used; the text names it and stays at the site."""
+    """One file can't be read or must not be used; the text names it and stays at the site. `kind` is for counts."""
+
+    def __init__(self, text: str, kind: str = "damaged") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class WeightsError(InvcossError):
@@ -117,49 +116,52 @@ class ChainError(InvcossError):
 
 
 class PolicyRefused(InvcossError):
-    """A site's own policy does not allow it; the name of the class is all that the coordinator learns."""
+    """A site's own policy does not allow it; the name of the class is all that the coordinator learns.
+
+    An operator is told the docstring of the class; what is in brackets there stands in the site's policy.toml.
+    """
 
     exit_code = 11
 
 
 class PlanNotAllowed(PolicyRefused):
-    """The plan is not one of those that the site agreed to."""
+    """The plan is not one that the site agreed to ([trust] plans; invcoss-server check-plan shows its digest)."""
 
 
 class TaskNotAllowed(PolicyRefused):
-    """The modality, or the kind of work, is not one that the site does."""
+    """The modality or kind of work is not one that the site does ([work]), or the audit not of a model it trained."""
 
 
 class LimitExceeded(PolicyRefused):
-    """Epochs, steps, hours, disk, or the size of the model or the pools are beyond the site's limits."""
+    """Epochs, steps, hours, disk, size of the model or the pools, or audits are beyond the site's limits ([work])."""
 
 
 class TooFewCases(PolicyRefused):
-    """Fewer cases than the site lets stand behind a model or a number."""
+    """Fewer cases than the site lets stand behind a model or a number ([cases])."""
 
 
 class OutsideHours(PolicyRefused):
-    """Not at this hour of the day."""
+    """Not at this hour of the day ([work] hours)."""
 
 
 class NotApproved(PolicyRefused):
-    """A person at the site said no."""
+    """A person at the site said no; they may still approve it (invcoss-site approve)."""
 
 
 class DpRequired(PolicyRefused):
-    """The site trains with differential privacy only, or with more of it than was asked for."""
+    """The site trains with differential privacy only, or with more of it than the plan asks for ([dp])."""
 
 
 class BudgetSpent(PolicyRefused):
-    """The visit would exceed the site's privacy budget."""
+    """The visit would exceed the site's privacy budget ([dp] max_epsilon)."""
 
 
 class AuditRequired(PolicyRefused):
-    """The site's pools may not be handed on without its audit."""
+    """The site's pools may not be handed on without its audit (relay.audit of the plan; [audit] required)."""
 
 
 class UploadSpent(PolicyRefused):
-    """The visit would send more than the site's upload budget."""
+    """The visit would send more than the site's upload budget ([egress] max_upload_gb)."""
 
 
 class EgressRefused(InvcossError):
@@ -176,3 +178,30 @@ class ReleaseMissing(InvcossError):
 
 class PoolRefused(ReleaseMissing):
     """The origin site's audit refused the whole pool."""
+
+
+OTHER_CODES = frozenset(
+    {
+        "Error",  # any class that is not here
+        "WorkerKilled",
+        "Aborted",
+        "OSError",
+        "MemoryError",
+        "OutOfMemoryError",  # of the GPU
+        "RuntimeError",
+        "ValueError",
+        "TypeError",
+        "LookupError",
+        "ArithmeticError",
+        "AssertionError",
+        "ImportError",
+    }
+)
+ERROR_CODES = OTHER_CODES | {
+    kind.__name__ for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, InvcossError)
+}
+
+
+def error_class(error: BaseException) -> str:
+    """The only thing about an error that may leave a site: the nearest of its classes that is in ERROR_CODES."""
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERROR_CODES), "Error")

@@ -133,9 +133,15 @@ def sign(key: Ed25519PrivateKey, kind: str, data: bytes) -> str:
 
 
 def check_signature(key: Ed25519PublicKey, kind: str, data: bytes, signature: str, whose: str) -> None:
-    """Raise CredentialError unless `signature` is that of `key` over `data` as a `kind` of document."""
+    """Raise CredentialError unless `signature` is that of `key` over `data` as a `kind` of document.
+
+    Of the texts that base64 has for the same bytes, only the one that `sign` writes is taken.
+    """
     try:
-        key.verify(base64.b64decode(signature, validate=True), f"invcoss {kind}\n".encode() + data)
+        raw = base64.b64decode(signature, validate=True)
+        if base64.b64encode(raw).decode() != signature:
+            raise ValueError
+        key.verify(raw, f"invcoss {kind}\n".encode() + data)
     except (InvalidSignature, ValueError):
         raise CredentialError(f"the {kind} lacks the signature of {whose}; nothing in it was looked at") from None
 

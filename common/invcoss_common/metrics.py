@@ -39,6 +39,13 @@ METRICS: dict[str, Metric] = {
     "skipped_steps": Metric("steps", "lower", 0, 1e9, "steps skipped because the loss was not finite"),
 }
 
+COUNTS = frozenset(name for name, metric in METRICS.items() if metric.unit in ("images", "cases", "files", "steps"))
+DATA = frozenset({"train_images", "train_cases", "heldout_images", "quarantined_files"})
+REPORTED = {  # by kind of task, no more, no less
+    "train": frozenset(METRICS),
+    "evaluate": DATA | {"heldout_mim_loss"},
+    "audit": DATA,
+}
 CURVE_POINTS = 200  # most points of a loss curve that a site reports
 
 

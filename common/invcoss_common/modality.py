@@ -5,6 +5,7 @@ Adding a modality is adding a row here, or a `[modalities.<name>]` table in a pl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -116,6 +117,18 @@ class ModelShape(BaseModel):
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
+
+    def parameters(self, families: Iterable[Geometry]) -> int:
+        """How many parameters a model of this shape has with these families, as model.py builds it."""
+        trunk = self.width + _blocks(self.depth, self.width) + 2 * self.width  # class token, blocks, last norm
+        decoder = self.decoder_width * (self.width + 1 + 2) + _blocks(self.decoder_depth, self.decoder_width)
+        distinct = {geometry.family: geometry.patch_values for geometry in families}.values()
+        heads = sum((p + 1) * self.width + self.decoder_width + (self.decoder_width + 1) * p for p in distinct)
+        return trunk + decoder + heads
+
+
+def _blocks(depth: int, width: int) -> int:
+    return depth * width * (12 * width + 13)
 
 
 class Scale(BaseModel):

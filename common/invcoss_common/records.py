@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from invcoss_common.canonical import canonical_json
+from invcoss_common.canonical import canonical_json, one_line
 from invcoss_common.config import DpConfig, EvaluateConfig, Name, ReplayConfig, Share, TrainConfig, WireDtype
 from invcoss_common.errors import ProtocolError
 from invcoss_common.metrics import CURVE_POINTS, check_metrics
@@ -30,7 +30,7 @@ CurvePoint = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Ratio = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 HopState = Literal["unknown", "queued", "running", "done", "failed"]
-Phase = Literal["approval", "reading", "training", "statistics", "evaluating", "auditing"]
+Phase = Literal["approval", "hours", "reading", "training", "statistics", "evaluating", "auditing"]
 Verb = Literal["hello", "have", "put", "start", "status", "get", "purge", "abort"]
 
 
@@ -67,7 +67,7 @@ Version = Annotated[int, AfterValidator(_spoken)]
 class _Record(BaseModel):
     """`added` names the fields that are younger than protocol 1, with the version that brought them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     added: ClassVar[dict[str, int]] = {}
 
 
@@ -230,6 +230,11 @@ class Status(_Record):
     loss: float = Field(default=0.0, ge=0, le=1e4)
     error: str = Field(default="", pattern=r"^[A-Za-z]{0,48}$", description="class of the error, if failed")
 
+    @property
+    def waits(self) -> bool:
+        """Whether the hop waits for a person at the site, or the site's hours: however long, nothing is wrong."""
+        return self.state == "queued" and self.phase in ("approval", "hours")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -260,7 +265,10 @@ R = TypeVar("R", HandOff, Report, Status)
 
 
 def from_bytes(kind: type[R], data: bytes) -> R:
-    """Parse a record of the given kind; raises ProtocolError naming the field, never echoing content."""
+    """Parse a record of the given kind; raises ProtocolError naming the field, never echoing content.
+
+    Only the form that `to_bytes` writes is read, so that a record and its digest are one to one.
+    """
     if len(data) > MAX_RECORD_BYTES:
         raise ProtocolError(f"{kind.__name__} of {len(data)} bytes is larger than the protocol allows")
     try:
@@ -268,9 +276,12 @@ def from_bytes(kind: type[R], data: bytes) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
-        raise ProtocolError(f"{kind.__name__}.{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ProtocolError(one_line(f"{kind.__name__}.{where[:100]}: {reason}")) from None
     if young := sorted(_unknown(record) & record.model_fields_set):
         raise ProtocolError(f"{kind.__name__}.{young[0]}: not a field of the protocol version that the record names")
+    if to_bytes(record) != data:
+        raise ProtocolError(f"{kind.__name__} that is not in the form it was written in")
     return record
 
 

@@ -5,6 +5,7 @@ Files are written from and read into the tensors themselves, one at a time, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from invcoss_common.model import MultiModalMAE, build_model
 
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
+_IMPOSSIBLE = (TypeError, RuntimeError)  # torch's, for the shape of a tensor without values, such as (0, 2^63)
 DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,19 +50,20 @@ def tensors_from_bytes(data: bytes, schema: Schema) -> dict[str, Tensor]:
     """Parse tensors that must fit `schema` exactly and be finite; raises WeightsError naming the first offence."""
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a number type that torch does not have
-        raise WeightsError(f"not a safetensors file of known types: {str(error)!r}") from None
+    except (SafetensorError, KeyError, *_IMPOSSIBLE) as error:  # KeyError: a number type that torch does not have
+        raise WeightsError(f"not a safetensors file of known types: {str(error)[:300]!r}") from None
     check_tensors(tensors, schema)
     return tensors
 
 
-def check_file(path: Path, schema: Schema) -> None:
+def check_file(path: Path, schema: Schema, max_norm: float = math.inf) -> None:
     """Raise WeightsError unless the file holds exactly the tensors of `schema`, finite, and no metadata.
 
-    One tensor is in memory at a time. Metadata are refused because they could carry anything.
+    No floating-point tensor may have a norm above `max_norm`. One tensor is in memory at a time. Metadata are refused
+    because they could carry anything.
     """
     with _reading(path) as tensors:
-        check_tensors(tensors, schema)
+        check_tensors(tensors, schema, max_norm)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def _reading(path: Path) -> Iterator[_Tensors]:
     try:
         yield _Tensors(path)
     except SafetensorError as error:
-        raise WeightsError(f"{path}: not a safetensors file: {error}") from None
+        raise WeightsError(f"{path}: not a safetensors file: {str(error)[:300]!r}") from None
     except OSError as error:
         raise WeightsError(f"{path}: can't be read ({error.strerror or error})") from None
 
@@ -88,7 +91,10 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except _IMPOSSIBLE:
+                raise WeightsError(f"{self.path}: tensor {name[:64]!r} has a shape that no tensor can have") from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -98,8 +104,8 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
-    """Raise WeightsError unless names, shapes and types equal the schema's and every value is finite."""
+def check_tensors(tensors: Mapping[str, Tensor], schema: Schema, max_norm: float = math.inf) -> None:
+    """Raise WeightsError unless names, shapes and types equal the schema's, all is finite, and no norm too large."""
     if missing := sorted(schema.keys() - tensors.keys()):
         raise WeightsError(
             f"tensor '{missing[0]}' is missing ({len(missing)} in all); were these weights made by this plan?"
@@ -114,6 +120,10 @@ def check_tensors(tensors: Mapping[str, Tensor], schema: Schema) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"tensor '{name}' holds NaN or infinite values; the training that made it went wrong")
+        if tensor.is_floating_point() and max_norm < math.inf:
+            norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+            if not norm <= max_norm:
+                raise WeightsError(f"tensor '{name}' has norm {norm:g}; more than {max_norm:g} is no trained model's")
 
 
 def model_to_bytes(model: MultiModalMAE, dtype: WireDtype = "float32") -> bytes:

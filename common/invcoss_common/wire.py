@@ -105,9 +105,12 @@ def _decode(record: RecordDict) -> tuple[dict[str, str | int], bytes]:
         fields[name] = value
     if part is None:
         return fields, b""
-    if not isinstance(part, ArrayRecord) or set(part) != {"part"} or part["part"].stype != "raw.bytes":
+    if not isinstance(part, ArrayRecord) or set(part) != {"part"}:
         raise ProtocolError("message with a 'part' that is not one array of raw bytes")
-    return fields, part["part"].data
+    array = part["part"]
+    if not array.data or (array.stype, array.dtype, tuple(array.shape)) != ("raw.bytes", "uint8", (len(array.data),)):
+        raise ProtocolError("message with a 'part' that is not one array of raw bytes")
+    return fields, array.data
 
 
 def _check(fields: dict[str, str | int], form: Fields) -> None:

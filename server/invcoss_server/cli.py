@@ -90,7 +90,7 @@ def check_model(
 ) -> None:
     """Check that a model file is one of this plan after its last stage: names, shapes, types, finite values."""
     from invcoss_common.weights import check_file, model_schema
-    from invcoss_server.relay import families
+    from invcoss_server.hops import families
 
     loaded = load_plan(plan)
     schema = model_schema(loaded.model_shape, families(loaded, range(len(loaded.stages))))
@@ -208,8 +208,8 @@ def sites(
 
 
 def show_result(plan: Plan, folder: Path, as_json: bool) -> None:
-    """Print the forgetting matrix of a run and where its report and model are."""
-    from invcoss_server.report import forgetting_table
+    """Print the forgetting matrix of a run, what the audits of its pools found, and where its report and model are."""
+    from invcoss_server.report import audit_table, forgetting_table, releases
     from invcoss_server.state import RunState
 
     state = RunState(folder / "state.db", plan)
@@ -218,10 +218,13 @@ def show_result(plan: Plan, folder: Path, as_json: bool) -> None:
             {"after_stage": after, "of_stage": of, "heldout_mim_loss": loss}
             for (after, of), loss in state.losses().items()
         ]
-        print(json.dumps({"event": "result", "losses": losses, "report": str(folder / "report.html")}))
+        audits = [release.model_dump(mode="json") for release in releases(plan, state).values()]
+        values = {"event": "result", "losses": losses, "audits": audits, "report": str(folder / "report.html")}
+        print(json.dumps(values))
         return
     console = Console()
     console.print(forgetting_table(plan, state))
+    console.print(audit_table(plan, state) if plan.relay.audit else "the pools were not audited (relay.audit = false)")
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"model:  {folder / 'model.safetensors'}", highlight=False, soft_wrap=True)
 

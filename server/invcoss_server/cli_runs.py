@@ -150,7 +150,7 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Print what happened in a run, the oldest first."""
-    from invcoss_server.events import Tail
+    from invcoss_server.events import Tail, waiting
     from invcoss_server.follow import follow as follow_run
     from invcoss_server.runs import EVENTS, open_run
 
@@ -160,7 +160,8 @@ def logs(
         else:
             words = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
             at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-            print(f"{at} {event['event']} {words}", flush=True)
+            waits = waiting(event) if event["event"] == "status" else ""
+            print(f"{at} {event['event']} {waits or words}", flush=True)
 
     found = open_run(folder, name)
     if follow:

@@ -6,14 +6,23 @@ a transfer goes on where it stands, and a hop that runs or is done is not starte
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from invcoss_common import errors
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.config import RelayConfig
 from invcoss_common.encoding import FOR_IMAGES, FOR_WEIGHTS, decode, encode
-from invcoss_common.errors import ProtocolError, SiteError, SiteUnreachable, TransferClosed
+from invcoss_common.errors import (
+    InvcossError,
+    PolicyRefused,
+    ProtocolError,
+    SiteError,
+    SiteUnreachable,
+    TransferClosed,
+)
 from invcoss_common.records import Artefact, HandOff, Report, Request, Response, Status, from_bytes, to_bytes
 
 Fields = dict[str, str | int]
@@ -78,26 +87,35 @@ def deliver(
 
 
 def wait(
-    courier: Courier, site: str, handoff: HandOff, config: RelayConfig, on_status: Callable[[Status], None]
+    courier: Courier,
+    site: str,
+    handoff: HandOff,
+    config: RelayConfig,
+    on_status: Callable[[Status], None],
+    keep: Callable[[bytes, str], None] = lambda _report, _signature: None,
 ) -> Report:
     """Ask for the status of a delivered hop until it is done; its report, checked to answer `handoff`.
 
-    A worker that was killed is started again. Raises SiteError with the site's error class when the hop failed,
-    SiteUnreachable when nothing new was heard for `stall_timeout_s`; time in which the site was away does not count
-    where the courier waits for it.
+    `keep` is given the report as it was signed, and the checked signature. A worker that was killed is started again.
+    Raises SiteError with the site's error class when the hop failed, SiteUnreachable when nothing new was heard for
+    `stall_timeout_s`; time in which the site was away does not count where the courier waits for it, nor that in which
+    the hop waits for people or hours of the site.
     """
     last, silent_s, restarts, began = Status(state="unknown"), 0.0, 0, time.monotonic()
     while True:
-        asked = time.monotonic()
+        asked, waits = time.monotonic(), False
         try:
             answer = courier.call(site, Request("status", {"hop": handoff.hop}))
             status = from_bytes(Status, str(answer.fields["status"]).encode())
+            waits = status.waits
             if status != last:
                 last, silent_s = status, 0.0
                 on_status(status)
             if status.state == "done":
                 report = str(answer.fields["report"]).encode()
-                courier.check(site, report, str(answer.fields.get("signature", "")))
+                signature = str(answer.fields.get("signature", ""))
+                courier.check(site, report, signature)
+                keep(report, signature)
                 return _accept(from_bytes(Report, report), site, handoff)
             if status.state == "failed" and (status.error != "WorkerKilled" or restarts >= config.attempts):
                 raise site_error(site, status.error)
@@ -114,7 +132,7 @@ def wait(
             )
         pause = min(max(config.poll_s, (time.monotonic() - began) / LOOKS), max(config.poll_s, LONGEST_PAUSE_S))
         time.sleep(pause)
-        silent_s += min(time.monotonic() - asked, pause + LONGEST_PAUSE_S)
+        silent_s = 0.0 if waits else silent_s + min(time.monotonic() - asked, pause + LONGEST_PAUSE_S)
 
 
 def fetch(
@@ -158,10 +176,18 @@ def checked(site: str, response: Response) -> Response:
 
 
 def site_error(site: str, error: str) -> SiteError:
-    name = error if error.isascii() and error.isalpha() and len(error) <= 48 else "Error"
+    """What an error class that a site answered means here, in our own words: none of the site's ever come along."""
+    name = error if error in errors.ERROR_CODES else "Error"
     if name == TransferClosed.__name__:
         return TransferClosed(f"site '{site}' lets no artefact cross now ([transfer] in its site.toml)", site)
-    text = f"site '{site}' failed with {name}; the site's own log (log/visit.log, log/desk.log) says why"
+    kind, means = getattr(errors, name, None), name
+    known = kind if isinstance(kind, type) and issubclass(kind, InvcossError) else None
+    if known:
+        means += ": " + (inspect.getdoc(known) or "").partition("\n")[0].rstrip(".")
+    if known and issubclass(known, PolicyRefused):
+        text = f"site '{site}' refused by its own policy, {means}; agree with the site, then go on with the run"
+    else:
+        text = f"site '{site}' failed with {means}; the site's own log (log/visit.log, log/desk.log) says why"
     return SiteError(text, site)
 
 

@@ -26,6 +26,12 @@ class Events:
             file.write(line)
 
 
+def waiting(event: dict[str, Any]) -> str:
+    """What the hop of a `status` event waits for at its site, in words; "" if it does not wait."""
+    what = {"approval": "approval at the site", "hours": "the hours in which the site works"}.get(event["phase"])
+    return f"{event['hop']} at {event['site']} waits for {what}" if what and event["state"] == "queued" else ""
+
+
 class Tail:
     """The events that are added to a file from now on, or all with `from_start`, each once its line is complete."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from invcoss_common.supervise import is_locked
-from invcoss_server.events import Tail
+from invcoss_server.events import Tail, waiting
 from invcoss_server.gate import read_seen
 from invcoss_server.runs import EVENTS, Run, in_the_way, names, open_run, raise_outcome
 
@@ -109,6 +109,8 @@ def _last_event(run: Run) -> dict[str, Any]:
 def _words(event: dict[str, Any]) -> str:
     match event.get("event"):
         case "status":
+            if waits := waiting(event):
+                return waits
             step = f" {event['step']}/{event['steps']}" if event["steps"] else ""
             return f"{event['hop']} at {event['site']}: {event['state']}, {event['phase']}{step}"
         case "inversion":

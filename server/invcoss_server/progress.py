@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from invcoss_common.config import Plan
+from invcoss_server.events import waiting
 
 
 class ProgressView:
@@ -63,16 +64,23 @@ class ProgressView:
                 if event["phase"] == "training":
                     wait = f"{event['data_wait_share']:.0%} waiting for data"
                     detail = f"{event['images_per_s']:.0f} images/s, {wait}, loss {event['loss']:.3f}"
-                words = f"{event['hop']} at {event['site']}: {event['phase']}"
+                words = waiting(event) or f"{event['hop']} at {event['site']}: {event['phase']}"
                 self._bar(words, words, event["steps"] or None, event["step"], detail)
             case "inversion":
                 detail = f"{event['images_per_s']:.2f} images/s, task {event['task']:.3f}, norm {event['norm']:.3f}"
                 self._bar(f"inversion {event['stage']}", "inversion", event["steps"], event["step"], detail)
-            case "hop":
+            case "hop" if event["loss"] is not None:
                 mib = event["sent_bytes"] / 2**20
                 self._say(
                     f"  {event['hop']}: held-out loss {event['loss']:.3f} at {event['site']} ({mib:.1f} MiB sent)"
                 )
+            case "audited":
+                done = "refused" if event["refused"] else f"{event['dropped']} dropped, the others released"
+                auc = f"membership AUC {event['membership']:.2f}"
+                self._say(f"  pool of {event['images']} images: {done} by {event['site']}; {auc}")
+            case "unreleased":
+                stage = event["stage"] + 1
+                self._say(f"  left out: the pool of stage {stage}, which {event['site']} has not released and is away")
             case "absent":
                 self._say(f"  site {event['site']} is away; waiting for it")
             case "skipped":
@@ -83,7 +91,8 @@ class ProgressView:
                 self._say(f"  {event['hop']}: {event['site']} is of protocol {event['protocol']}: plain float32")
             case "released":
                 losses = zip(self.plan.stages, event["losses"], strict=False)
-                self._say("  released; losses " + ", ".join(f"{s.modality} {v:.3f}" for s, v in losses))
+                known = ", ".join(f"{s.modality} {v:.3f}" for s, v in losses if v is not None)
+                self._say(f"  released; losses {known}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False)

@@ -27,8 +27,10 @@ from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import canonical_json, write_atomic
 from invcoss_common.config import Plan
 from invcoss_common.metrics import METRICS
-from invcoss_server.pool import contact_sheet, first_images, slices_sheet
-from invcoss_server.state import Hop, RunState, Stage
+from invcoss_common.pools import first_images
+from invcoss_common.records import Artefact, Release
+from invcoss_server.pool import contact_sheet, slices_sheet
+from invcoss_server.state import Hop, RunState
 
 HTML, METRIC_LINES, TENSORBOARD = "report.html", "metrics.jsonl", "tensorboard"
 
@@ -81,6 +83,30 @@ def forgetting_table(plan: Plan, state: RunState) -> Table:
     return table
 
 
+def audit_table(plan: Plan, state: RunState) -> Table:
+    """What the leak audits of the pools found, for a terminal."""
+    table = Table(title="Leak audit of the pools, at the sites they were learned from", title_justify="left")
+    for name in ("stage", "pool images", "dropped", "too near", "membership AUC"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, release in releases(plan, state).items():
+        figures, near, auc = release.figures, release.figures.beyond, release.membership
+        table.add_row(
+            label(plan, stage),
+            str(figures.pool_images),
+            str(len(release.dropped)) if release.released else "refused",
+            f"{near.value:.1%} [{near.low:.1%}, {near.high:.1%}]",
+            f"{auc.value:.2f} [{auc.low:.2f}, {auc.high:.2f}]",
+        )
+    return table
+
+
+def releases(plan: Plan, state: RunState) -> dict[int, Release]:
+    """By stage: what its site said of the pool that the stage has now; none where it was not asked, or not yet."""
+    audits = {number: state.audited(state.stage(number)) for number in range(len(plan.stages))}
+    found = {number: audited.report.release for number, audited in audits.items() if audited}
+    return {number: release for number, release in found.items() if release}
+
+
 def forgetting(losses: Losses) -> dict[int, float]:
     """By stage: its held-out loss when last evaluated minus that when just learned.
 
@@ -120,7 +146,10 @@ def duration(seconds: float) -> str:
 
 
 def _page(plan: Plan, state: RunState, store: ArtefactStore, hops: Sequence[Hop], losses: Losses) -> str:
-    stages = [state.stage(number) for number in range(len(plan.stages))]
+    stages, audits = [state.stage(number) for number in range(len(plan.stages))], releases(plan, state)
+    pools = {number: release.released for number, release in audits.items()}
+    if not plan.relay.audit:
+        pools = {stage.number: stage.pool for stage in stages}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("invcoss_server", "."),
         autoescape=True,
@@ -134,22 +163,32 @@ def _page(plan: Plan, state: RunState, store: ArtefactStore, hops: Sequence[Hop]
         version=__version__,
         label=[label(plan, stage.number) for stage in stages],
         stages=stages,
-        trained={hop.stage: hop.report.metrics for hop in hops if hop.stage == hop.of_stage},
+        audits=audits,
+        refused=[state.refused_pools(stage.number) for stage in stages],
+        trained={hop.stage: hop.report.metrics for hop in hops if _kind(hop) == "train"},
+        spent={hop.stage: hop.report.dp for hop in hops if hop.report.dp},
+        kinds=[_kind(hop) for hop in hops],
         hops=hops,
         losses=losses,
         columns=columns(losses),
         means=means_of_earlier(losses),
         lost=forgetting(losses),
         curves=_uri("image/svg+xml", _curves(plan, hops, losses)) if losses else "",
-        pictures=[_pictures(stage, store) for stage in stages],
+        pictures=[_pictures(pools.get(stage.number), store) for stage in stages],
     )
 
 
-def _pictures(stage: Stage, store: ArtefactStore) -> list[Picture]:
-    """The stage's pool to look at; nothing if it has none yet, or one of sequences."""
-    if stage.pool is None:
+def _kind(hop: Hop) -> str:
+    if hop.stage != hop.of_stage:
+        return "evaluate"
+    return "audit" if hop.report.release else "train"
+
+
+def _pictures(pool: Artefact | None, store: ArtefactStore) -> list[Picture]:
+    """The pool of a stage, as it may travel, to look at; nothing if there is none yet, or one of sequences."""
+    if pool is None:
         return []
-    images, count = first_images(store.path(stage.pool), SHEET_IMAGES)
+    images, count = first_images(store.path(pool), SHEET_IMAGES)
     if images.ndim < 4:
         return []
     volumes, scale = images.ndim == 5, max(1, round(TILE_PX / images.shape[-1]))
@@ -211,7 +250,7 @@ def _colour(stage: int) -> str:
 
 
 def _metric_lines(plan: Plan, hops: Sequence[Hop]) -> bytes:
-    """One JSON object a line for every metric and every point of a loss curve of every hop."""
+    """One JSON object a line for every metric and every point of a loss curve of every hop, and what audits found."""
     lines = []
     for hop in hops:
         modality = plan.stages[hop.of_stage].modality
@@ -219,6 +258,16 @@ def _metric_lines(plan: Plan, hops: Sequence[Hop]) -> bytes:
         for name, value in hop.report.metrics.items():
             unit = {"unit": METRICS[name].unit, "better": METRICS[name].better}
             lines.append({**where, "metric": name, "value": value, **unit})
+        if release := hop.report.release:
+            found = {
+                "pool_images": ("images", "neither", release.figures.pool_images),
+                "dropped_images": ("images", "lower", len(release.dropped)),
+                "membership_auc": ("probability", "lower", release.membership.value),
+            }
+            lines += [
+                {**where, "metric": name, "value": value, "unit": unit, "better": better}
+                for name, (unit, better, value) in found.items()
+            ]
         loss = {"metric": "curve", "unit": METRICS["train_mim_loss"].unit, "better": METRICS["train_mim_loss"].better}
         lines += [{**where, **loss, "point": point, "value": value} for point, value in enumerate(hop.report.curve)]
     return b"".join(canonical_json(line) + b"\n" for line in lines)

@@ -1,9 +1,9 @@
 """Where a run stands, in one SQLite file: every step is written before it is acted on, so that a killed run goes on.
 
-A stage goes waiting -> visiting -> received -> inverting -> released; `failed` names a stage whose last attempt broke
-off, and starting the run again goes on with it; `skipped` one that the operator left out. Artefacts are named here and
-lie in the artefact store. What the operator wants of the run stands here too. Whatever changes is entered in the run's
-ledger: state first, then ledger.
+A stage goes waiting -> visiting -> received -> inverting -> auditing -> released; `failed` names a stage whose last
+attempt broke off, and starting the run again goes on with it; `skipped` one that the operator left out. Artefacts are
+named here and lie in the artefact store. What the origin site said of a pool is here as it signed it. What the operator
+wants of the run stands here too. Whatever changes is entered in the run's ledger: state first, then ledger.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from invcoss_common.errors import PlanError
 from invcoss_common.records import Artefact, HandOff, Report, from_bytes, to_bytes
 from invcoss_server.ledger import Entry, write_ledger
 
-StageState = Literal["waiting", "visiting", "received", "inverting", "released", "failed", "skipped"]
+StageState = Literal["waiting", "visiting", "received", "inverting", "auditing", "released", "failed", "skipped"]
 Wanted = Literal["running", "paused", "stopped"]
 
 _TABLES = """
@@ -37,6 +37,10 @@ CREATE TABLE IF NOT EXISTS hop (
     hop TEXT PRIMARY KEY, stage INTEGER NOT NULL, of_stage INTEGER NOT NULL, site TEXT NOT NULL, report TEXT NOT NULL,
     sent_bytes INTEGER NOT NULL, received_bytes INTEGER NOT NULL,
     deliver_s REAL NOT NULL, work_s REAL NOT NULL, fetch_s REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS audit (
+    stage INTEGER NOT NULL, pool TEXT NOT NULL, released TEXT, report TEXT NOT NULL, signature TEXT NOT NULL,
+    PRIMARY KEY (stage, pool)
 );
 CREATE TABLE IF NOT EXISTS hand_off (hop TEXT PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS wanted (one INTEGER PRIMARY KEY CHECK (one = 1), wanted TEXT NOT NULL);
@@ -74,6 +78,19 @@ class Hop:
     deliver_s: float
     work_s: float
     fetch_s: float
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A site's report on a pool, as it signed it, and the artefact made after it that may travel; None: nothing may."""
+
+    content: bytes
+    signature: str
+    released: Artefact | None
+
+    @property
+    def report(self) -> Report:
+        return from_bytes(Report, self.content)
 
 
 class RunState:
@@ -154,18 +171,22 @@ class RunState:
         return Stage(number, row[0], row[1], model, statistics, pool, row[5] or 0.0)
 
     def move(self, number: int, state: StageState, error: str = "", **produced: Artefact | float) -> None:
-        """Set the state of a stage, and what it has produced by then (`model`, `statistics`, `pool`, `inversion_s`)."""
+        """Set the state of a stage, and what it has produced by then (`model`, `statistics`, `pool`, `inversion_s`).
+
+        A released stage stays so, whatever is made of it later: older software released pools without an audit.
+        """
         assert state in get_args(StageState)
         values = {
             name: value.model_dump_json() if isinstance(value, Artefact) else value for name, value in produced.items()
         }
-        columns = {"state": state, "error": error, "changed": time.time(), **values}
-        names = ", ".join(columns)
-        update = ", ".join(f"{name} = excluded.{name}" for name in columns)
-        marks = ", ".join("?" * len(columns))
         digests = {name: value.sha256 for name, value in produced.items() if isinstance(value, Artefact)}
         with self._change() as db:
             before = db.execute("SELECT state FROM stage WHERE stage = ?", (number,)).fetchone()
+            state = "released" if before == ("released",) else state
+            columns = {"state": state, "error": error, "changed": time.time(), **values}
+            names = ", ".join(columns)
+            update = ", ".join(f"{name} = excluded.{name}" for name in columns)
+            marks = ", ".join("?" * len(columns))
             db.execute(
                 f"INSERT INTO stage (stage, {names}) VALUES (?, {marks}) ON CONFLICT (stage) DO UPDATE SET {update}",  # noqa: S608 - names are ours
                 (number, *columns.values()),
@@ -176,22 +197,59 @@ class RunState:
             elif digests:
                 _enter(db, "produced", stage=number, **digests)
 
+    def audited(self, stage: Stage) -> Audited | None:
+        """What the origin site said of the pool that the stage has now; None if it was not asked."""
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT report, signature, released FROM audit WHERE stage = ? AND pool = ?",
+                (stage.number, stage.pool.sha256 if stage.pool else ""),
+            ).fetchone()
+        if row is None:
+            return None
+        return Audited(row[0].encode(), row[1], Artefact.model_validate_json(row[2]) if row[2] else None)
+
+    def refused_pools(self, number: int) -> int:
+        """How many pools of a stage its site refused."""
+        with self._transaction() as db:
+            query = "SELECT count(*) FROM audit WHERE stage = ? AND released IS NULL"
+            return int(db.execute(query, (number,)).fetchone()[0])
+
+    def keep_audit(self, number: int, audited: Audited) -> None:
+        """Note what the site of a stage said of its pool."""
+        release, artefact = audited.report.release, audited.released
+        assert release is not None
+        row = (
+            number,
+            release.pool,
+            artefact.model_dump_json() if artefact else None,
+            audited.content.decode(),
+            audited.signature,
+        )
+        values: dict[str, Value] = {"stage": number, "pool": release.pool, "report": sha256_hex(audited.content)}
+        with self._change() as db:
+            db.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?)", row)
+            if artefact:
+                _enter(db, "released-pool", released=artefact.sha256, dropped=len(release.dropped), **values)
+            else:
+                _enter(db, "refused-pool", **values)
+
     def hand_off(self, hop: str) -> HandOff | None:
         """The hand-off of `hop`, if it was made before."""
         with self._transaction() as db:
             row = db.execute("SELECT content FROM hand_off WHERE hop = ?", (hop,)).fetchone()
         return from_bytes(HandOff, row[0].encode()) if row else None
 
-    def count_hand_offs(self) -> int:
-        """How many hand-offs of this run were made."""
+    def last_sequence(self) -> int:
+        """The highest number of a hand-off of this run, 0 if there is none."""
         with self._transaction() as db:
-            return int(db.execute("SELECT count(*) FROM hand_off").fetchone()[0])
+            return int(db.execute("SELECT max(json_extract(content, '$.sequence')) FROM hand_off").fetchone()[0] or 0)
 
     def keep_hand_off(self, handoff: HandOff) -> None:
+        """Note a hand-off that was made, in place of an earlier one of this hop."""
         content = to_bytes(handoff)
         pools = [pool.artefact.sha256 for pool in handoff.pools]
         with self._change() as db:
-            db.execute("INSERT INTO hand_off VALUES (?, ?)", (handoff.hop, content.decode()))
+            db.execute("INSERT OR REPLACE INTO hand_off VALUES (?, ?)", (handoff.hop, content.decode()))
             values: dict[str, Value] = {"handoff": sha256_hex(content), "model": handoff.model.sha256, "pools": pools}
             _enter(db, "hand-off", hop=handoff.hop, site=handoff.receiver, sequence=handoff.sequence, **values)
 
@@ -214,7 +272,9 @@ class RunState:
             db.execute("INSERT OR REPLACE INTO hop VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             if before != (row[4],):  # not when it was fetched again after a kill
                 values = {"sent_bytes": hop.sent_bytes, "received_bytes": hop.received_bytes}
-                _enter(db, "accepted", hop=hop.hop, site=hop.site, **_digests(hop.report), **values)
+                _enter(
+                    db, "accepted", hop=hop.hop, site=hop.site, **_digests(hop.report), **values, **_spent(hop.report)
+                )
 
     def refuse(self, handoff: HandOff, report: Report | None, error: str) -> None:
         """Enter that the answer to a hand-off was refused, and why: the class of the error."""
@@ -223,9 +283,9 @@ class RunState:
             _enter(db, "refused", hop=handoff.hop, site=handoff.receiver, error=error, **digests)
 
     def hops(self) -> list[Hop]:
-        """Every finished hop, by stage."""
+        """Every finished hop, by stage: training, audit, evaluations."""
         with self._transaction() as db:
-            rows = db.execute("SELECT * FROM hop ORDER BY stage, of_stage = stage DESC, of_stage").fetchall()
+            rows = db.execute("SELECT * FROM hop ORDER BY stage, of_stage = stage DESC, of_stage, hop DESC").fetchall()
         return [
             Hop(hop, stage, of_stage, site, from_bytes(Report, report.encode()), *numbers)
             for hop, stage, of_stage, site, report, *numbers in rows
@@ -236,7 +296,8 @@ class RunState:
 
     def losses(self) -> dict[tuple[int, int], float]:
         """The forgetting matrix: held-out loss by (after stage, modality of stage)."""
-        return {(hop.stage, hop.of_stage): hop.report.metrics["heldout_mim_loss"] for hop in self.hops()}
+        hops = [hop for hop in self.hops() if "heldout_mim_loss" in hop.report.metrics]  # an audit has none
+        return {(hop.stage, hop.of_stage): hop.report.metrics["heldout_mim_loss"] for hop in hops}
 
     def write_ledger(self) -> None:
         """Bring the ledger up to this state, if a kill came in between; raises ChainError, OSError."""
@@ -270,6 +331,11 @@ def _enter(db: sqlite3.Connection, kind: str, **values: Value) -> None:
 def _digests(report: Report) -> dict[str, Value]:
     artefacts: Value = [artefact.sha256 for artefact in report.artefacts]
     return {"report": sha256_hex(to_bytes(report)), "artefacts": artefacts}
+
+
+def _spent(report: Report) -> dict[str, Value]:
+    """The privacy that a site says it has spent, as texts; nothing without differential privacy."""
+    return {"epsilon": repr(report.dp.epsilon), "delta": repr(report.dp.delta)} if report.dp else {}
 
 
 def _parse(plan: str, path: Path) -> Plan:

@@ -25,10 +25,10 @@ from invcoss_common.canonical import write_atomic
 from invcoss_common.config import InversionConfig
 from invcoss_common.errors import InvcossError
 from invcoss_common.modality import Geometry, ModelShape
+from invcoss_common.pools import write_pool
 from invcoss_common.statistics import statistics_from_bytes
 from invcoss_common.weights import read_model
 from invcoss_server.inversion import InversionProgress, invert
-from invcoss_server.pool import write_pool
 
 POOL = "pool.safetensors"
 LOOK_S = 0.5

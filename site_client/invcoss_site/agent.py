@@ -23,6 +23,7 @@ from invcoss_common.errors import InvcossError
 from invcoss_common.records import Status, from_bytes, to_bytes
 from invcoss_common.supervise import alone, stop_on_signals
 from invcoss_site import journal
+from invcoss_site.approval import admit, note_waiting
 from invcoss_site.home import SiteHome, load_home
 from invcoss_site.work import AGENT_LOCK, is_idle, start_process, worker_group
 
@@ -38,16 +39,18 @@ class Agent:
         self.worker: subprocess.Popen[bytes] | None = None
 
     def look(self) -> None:
-        """Stop what is to be aborted, then see that the oldest hop that is not finished is worked on."""
+        """Stop what is to be aborted, then see that the oldest hop that is not finished and may begin is worked on."""
         if self.worker is not None and self.worker.poll() is not None:
             self.worker = None
         hops = sorted(self.home.spool.glob("s*/status.json"), key=lambda file: file.stat().st_mtime)
         for hop in (file.parent.name for file in hops):
-            if (self.home.hop_folder(hop) / "abort").exists():
+            if self._to_abort(hop):
                 self._abort(hop)
         unfinished = [file.parent.name for file in hops if _status(file).state in ("queued", "running")]
-        if all(is_idle(self.home, hop) for hop in unfinished) and unfinished:
-            self._work_on(unfinished[0])
+        idle = [hop for hop in unfinished if is_idle(self.home, hop)]
+        ready = [hop for hop in idle if not self._to_abort(hop) and not self._waits(hop)]
+        if ready and idle == unfinished:
+            self._work_on(ready[0])
 
     def end(self) -> None:
         """End the worker, if this agent started one; its checkpoint stays."""
@@ -55,6 +58,16 @@ class Agent:
             with suppress(ProcessLookupError):
                 os.killpg(self.worker.pid, signal.SIGKILL)
             self.worker.wait()
+
+    def _waits(self, hop: str) -> bool:
+        """Whether the work of `hop` may not begin yet, which is then said in its status."""
+        try:
+            waits = admit(self.home, hop)[1]
+        except Exception:  # the worker meets the same, and has it in its log
+            return False
+        if waits:
+            note_waiting(self.home, hop, waits)
+        return waits is not None
 
     def _work_on(self, hop: str) -> None:
         file = self.home.hop_folder(hop) / "status.json"
@@ -77,6 +90,9 @@ class Agent:
         starts = before["starts"] + 1 if before.get("point") == point else 1
         write_atomic(file, json.dumps({"point": point, "starts": starts}).encode())
         return int(starts)
+
+    def _to_abort(self, hop: str) -> bool:
+        return (self.home.hop_folder(hop) / "abort").exists()
 
     def _abort(self, hop: str) -> None:
         folder = self.home.hop_folder(hop)

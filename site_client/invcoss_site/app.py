@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from invcoss_common.config import load_plan
-from invcoss_common.errors import ProtocolError
-from invcoss_common.records import Response
-from invcoss_common.wire import decode_request, encode_response
+from invcoss_common.errors import EgressRefused, ProtocolError, error_class
+from invcoss_common.records import Request, Response
+from invcoss_common.wire import decode_request, decode_response, encode_response
 from invcoss_site.desk import answer, refuse
 from invcoss_site.home import SiteHome, load_home
 from invcoss_site.node import remember_node
 from invcoss_site.simulated import simulated_home
-from invcoss_site.work import error_class, start_process
+from invcoss_site.work import start_process
 
 app = ClientApp()
 
@@ -31,14 +32,27 @@ def query(message: Message, context: Context) -> Message:
             remember_node(home, context.node_id)
         else:  # nobody is left to stop a worker, so it ends with the process that plays the site
             home, start_work = _simulated(context), start_beside
-        try:
-            response = answer(decode_request(message.content), home, start_work)
-        except ProtocolError as error:
-            response = refuse(home, None, error)
+        content = reply(message.content, home, start_work)
     except Exception as error:
         traceback.print_exc()
-        response = Response({"error": error_class(error)})
-    return Message(encode_response(response), reply_to=message)
+        content = encode_response(Response({"error": error_class(error)}))
+    return Message(content, reply_to=message)
+
+
+def reply(record: RecordDict, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> RecordDict:
+    """The record that answers `record`: that of the desk, which the guard has seen, and as it leaves nothing else."""
+    request = None
+    try:
+        request = decode_request(record)
+        response = answer(request, home, start_work)
+    except ProtocolError as error:
+        response = refuse(home, None, error)
+    leaving = encode_response(response)
+    seen = decode_response(leaving, request or Request("hello"))  # an error has the same form in all answers
+    if seen != response:
+        refused = EgressRefused("the record that would leave is not what the guard has seen")
+        return encode_response(refuse(home, request, refused))
+    return leaving
 
 
 def start_beside(home: SiteHome, hop: str) -> None:

@@ -2,8 +2,9 @@
 
 Every synthetic image is compared with all training and all held-out images. How near the held-out images of the site
 come to its training images, though nobody learned from them, is the yardstick (`calibrate`): a synthetic image that
-comes nearer than all but a small share of them is dropped, and a pool with too many such images is refused. Measured in
-`docs/measurements/leak-audit_*`; what it can't see is in `docs/privacy.md`.
+comes nearer than all but a small share of them is dropped, and a pool with too many such images is refused. The fewer
+held-out images there are, the stricter. Measured in `docs/measurements/leak-audit_*`; what it can't see is in
+`docs/privacy.md`.
 
 N = images compared, M = images compared with, C = channels, V = variants of an image, D = encoder width.
 """
@@ -87,7 +88,7 @@ class Audit(BaseModel):
     refused: bool
     copies: int = Field(description="exact or near copies of a training image")
     beyond: Interval = Field(description="share of the pool nearer to training than the threshold allows")
-    refuse_share: float = Field(description="refused when `beyond` is surely above this")
+    refuse_share: float = Field(description="refused when `beyond` is surely above this, or no image is left")
     closer: Interval = Field(description="share of the pool whose nearest image of all is a training image")
     closer_by_chance: float = Field(description="that share if training and held-out images were alike to the model")
     median_ratio: float = Field(description="median of the items' `ratio`")
@@ -152,12 +153,12 @@ def audit_pool(
 ) -> Audit:
     """Compare `pool` (N, C, *size) with the site's images (M, C, *any size); the same input gives the same audit.
 
-    `on_progress(done, of)` counts held-out and synthetic images. Raises DataError when there are too few held-out
-    images to set a threshold by.
+    `on_progress(done, of)` counts training images, held-out images twice, and synthetic images. Raises DataError when
+    there is no image to compare with.
     """
-    steps = len(heldout) + len(pool)
+    steps = len(train) + 2 * len(heldout) + len(pool)
     known = calibrate(train, heldout, model, geometry, settings, lambda done, _of: on_progress(done, steps))
-    return audit_against(pool, known, lambda done, _of: on_progress(len(heldout) + done, steps))
+    return audit_against(pool, known, lambda done, of: on_progress(steps - of + done, steps))
 
 
 def calibrate(
@@ -172,19 +173,23 @@ def calibrate(
 
     With n held-out images it is the k-th lowest of their scores, k = floor(rate (n + 1)): an innocent image that is
     exchangeable with them is below it with probability k / (n + 1) at most, whatever the distribution (split conformal
-    prediction, Vovk et al. 2005). Held-out images must be of other cases than training images. Raises DataError when
-    k is 0 or there is no training image.
+    prediction, Vovk et al. 2005). Where k would be 0 it is 1, the strictest threshold there is, and more innocent
+    images are below it than the settings aim at: `false_positive_rate` says how many. Held-out images must be of other
+    cases than training images. `on_progress(done, of)` counts training images, and held-out images twice. Raises
+    DataError below two training images and one held-out image.
     """
     settings = settings or AuditSettings()
-    order = math.floor(settings.false_positive_rate * (len(heldout) + 1) + 1e-9)
-    if order < 1 or len(train) < 2:
-        needed = math.ceil(1 / settings.false_positive_rate - 1e-9) - 1
+    if len(heldout) < 1 or len(train) < 2:
         raise DataError(
-            f"{len(heldout)} held-out and {len(train)} training images are too few for a leak audit; at a "
-            f"false-positive rate of {settings.false_positive_rate:g} it needs {needed} and 2. Hold out more cases"
+            f"{len(heldout)} held-out and {len(train)} training images are too few for a leak audit, which needs 1 and "
+            "2; add cases, or hold some out"
         )
-    train_images, train_features = _prepared(train, model, geometry, settings)
-    heldout_images, heldout_features = _prepared(heldout, model, geometry, settings)
+    order = max(1, math.floor(settings.false_positive_rate * (len(heldout) + 1) + 1e-9))
+    read, steps = len(train) + len(heldout), len(train) + 2 * len(heldout)
+    train_images, train_features = _prepared(train, model, geometry, settings, lambda done: on_progress(done, steps))
+    heldout_images, heldout_features = _prepared(
+        heldout, model, geometry, settings, lambda done: on_progress(len(train) + done, steps)
+    )
     centre, spread = train_features.mean(dim=0), train_features.std(dim=0).clamp_min(TINY)
     known = Calibration(
         model,
@@ -204,14 +209,18 @@ def calibrate(
         rows = slice(first, min(first + settings.batch, len(heldout)))
         own = torch.arange(rows.start, rows.stop, device=centre.device)
         null += _compare(_Side(heldout_images[rows], known.heldout.features[rows]), known, own)
-        on_progress(rows.stop, len(heldout))
+        on_progress(read + rows.stop, steps)
     scores = sorted(item.score for item in null)
     by_features = sorted(item.features.nearness for item in null)
     return replace(known, null=tuple(null), threshold=scores[order - 1], feature_threshold=by_features[order - 1])
 
 
 def audit_against(pool: Images, known: Calibration, on_progress: OnProgress = lambda _done, _of: None) -> Audit:
-    """`audit_pool` against a site's images that were calibrated before; raises DataError for an empty pool."""
+    """`audit_pool` against a site's images that were calibrated before; raises DataError for an empty pool.
+
+    The pool is refused when no image is left, or when the share of dropped images is surely above what the settings
+    allow, or twice what is expected of innocent images where few are held out.
+    """
     settings = known.settings
     if not len(pool):
         raise DataError("the pool holds no image; there is nothing to audit")
@@ -226,14 +235,15 @@ def audit_against(pool: Images, known: Calibration, on_progress: OnProgress = la
     ]
     flagged = [item.score < known.threshold or copy for item, copy in zip(items, copied, strict=True)]
     beyond = wilson(sum(flagged), len(items), settings.confidence)
-    refused = beyond.low > settings.refuse_share
+    refuse_share = max(settings.refuse_share, 2 * known.false_positive_rate)
+    refused = beyond.low > refuse_share or all(flagged)
     trained, held = len(known.train.images), len(known.heldout.images)
     return Audit(
         kept=tuple(not refused and not bad for bad in flagged),
         refused=refused,
         copies=sum(copied),
         beyond=beyond,
-        refuse_share=settings.refuse_share,
+        refuse_share=refuse_share,
         closer=wilson(sum(item.closer for item in items), len(items), settings.confidence),
         closer_by_chance=trained / (trained + held),
         median_ratio=float(np.median([item.ratio for item in items])),
@@ -261,23 +271,29 @@ def membership_auc(
     batch_size: int,
     seed: int,
     confidence: float = 0.95,
+    on_progress: OnProgress = lambda _done, _of: None,
 ) -> Membership:
     """How well the model's masked-reconstruction loss, mean over `draws` masks, tells training from held-out images.
 
     The AUC is the probability that a training image has the lower loss; its interval is DeLong's (1988), for
-    independent images: too narrow where a case has several. Raises DataError below two images on a side.
+    independent images: too narrow where a case has several, and all of [0, 1] with one image on a side. `on_progress`
+    counts images. Raises DataError when there is none on a side.
     """
-    if min(len(train), len(heldout)) < 2:
-        raise DataError("membership needs two training and two held-out images at least; add cases")
+    if min(len(train), len(heldout)) < 1:
+        raise DataError("membership needs a training and a held-out image at least; add cases")
     model.eval()
-    losses = [
-        _losses(model, images, geometry, mask_ratio, draws, batch_size, seed, side)
-        for side, images in (("train", train), ("heldout", heldout))
-    ]
+    steps, losses = len(train) + len(heldout), []
+    for side, images, before in (("train", train, 0), ("heldout", heldout, len(train))):
+
+        def tell(done: int, before: int = before) -> None:
+            on_progress(before + done, steps)
+
+        losses.append(_losses(model, images, geometry, mask_ratio, draws, batch_size, seed, side, tell))
     wins = (losses[0][:, None] < losses[1]).double() + 0.5 * (losses[0][:, None] == losses[1]).double()
-    auc = float(wins.mean())
-    error = math.sqrt(float(wins.mean(dim=1).var()) / len(train) + float(wins.mean(dim=0).var()) / len(heldout))
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    auc, reach = float(wins.mean()), 1.0
+    if min(len(train), len(heldout)) > 1:
+        error = math.sqrt(float(wins.mean(dim=1).var()) / len(train) + float(wins.mean(dim=0).var()) / len(heldout))
+        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return Membership(
         auc=Interval(value=auc, low=max(0.0, auc - reach), high=min(1.0, auc + reach)),
         train_images=len(train),
@@ -303,6 +319,7 @@ def _losses(
     batch_size: int,
     seed: int,
     side: str,
+    tell: Callable[[int], None],
 ) -> Tensor:
     """Masked-reconstruction loss (M,) of each image at the input size."""
     device = model.cls_token.device
@@ -315,6 +332,7 @@ def _losses(
             mask = random_mask(len(batch), geometry.tokens, mask_ratio, random).to(device)
             _, prediction = model(batch, geometry, mask)
             total[rows] += masked_error(prediction, target_patches(batch, geometry), mask).double().cpu()
+        tell(rows.stop)
     return total / draws
 
 
@@ -339,7 +357,11 @@ def _resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def _prepared(
-    images: Images, model: MultiModalMAE, geometry: Geometry, settings: AuditSettings
+    images: Images,
+    model: MultiModalMAE,
+    geometry: Geometry,
+    settings: AuditSettings,
+    tell: Callable[[int], None] = lambda _done: None,
 ) -> tuple[Tensor, Tensor]:
     """All images at the common resolution, float16, and their encoder features (M, D): the mean over tokens."""
     model.eval()
@@ -347,15 +369,20 @@ def _prepared(
     extent = settings.extent_2d if geometry.ndim == 2 else settings.extent_3d
     small = tuple(min(n, extent) for n in geometry.size)
     shrunk, features = [], []
-    for _, batch in _batches(images, geometry.size, settings.batch):
+    for first, batch in _batches(images, geometry.size, settings.batch):
         batch = batch.to(device)
         shrunk.append(_resized(batch, small).half())
         features.append(model.encode(batch, geometry)[:, 1:].mean(dim=1).float())
+        tell(first + len(batch))
     return torch.cat(shrunk), torch.cat(features)
 
 
 def _compare(side: _Side, known: Calibration, own: Tensor | None) -> list[Item]:
-    """Each image of `side` against the site's; `own` are their rows among the held-out images, which are left out."""
+    """Each image of `side` against the site's; `own` are their rows among the held-out images, which are left out.
+
+    A single held-out image has no other one to be compared with: training images, which are of other cases than it
+    just as well, stand in.
+    """
     settings = known.settings
     variants = _variants(side.images.float(), settings)
     rows = torch.arange(len(variants), device=variants.device)
@@ -363,7 +390,15 @@ def _compare(side: _Side, known: Calibration, own: Tensor | None) -> list[Item]:
     to_heldout, place_heldout = _match(variants, known.heldout.images, settings.batch)
     by_features = 1 - side.features @ known.train.features.T
     by_features_heldout = 1 - side.features @ known.heldout.features.T
-    if own is not None:
+    unlearned = known.heldout.images
+    if own is not None and len(unlearned) == 1:
+        unlearned, to_heldout, place_heldout, by_features_heldout = (
+            known.train.images,
+            to_train,
+            place_train,
+            by_features,
+        )
+    elif own is not None:
         to_heldout[rows, own] = torch.nan
         by_features_heldout[rows, own] = torch.nan
 
@@ -373,7 +408,7 @@ def _compare(side: _Side, known: Calibration, own: Tensor | None) -> list[Item]:
     ).long()
     others = chosen.expand(len(rows), -1)
     ssim_train = _dissimilarity(variants, known.train.images, nearest, place_train)
-    ssim_heldout = _dissimilarity(variants, known.heldout.images, others, place_heldout)
+    ssim_heldout = _dissimilarity(variants, unlearned, others, place_heldout)
     ssim_heldout[to_heldout[rows[:, None], others].isnan()] = torch.nan
 
     ratio = _expected_nearest(to_train, to_heldout) / _expected_nearest(to_heldout, to_train).clamp_min(TINY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from invcoss_common.seeds import generator_for
 
 FloatImages = npt.NDArray[np.float16]
 Crop = tuple[int, int, int, int]  # top, left, height, width
+T = TypeVar("T")
 
 
 class TrainingBatches(Dataset[Tensor]):
@@ -49,24 +51,25 @@ class TrainingBatches(Dataset[Tensor]):
 
     def __getitem__(self, number: int) -> Tensor:
         generator = generator_for(self.seed, "batch", number)
-        drawn = [self._draw(generator) for _ in range(self.batch_size)]  # for all rows, so that each is as in the whole
+        drawn = [self.draw(generator) for _ in range(self.batch_size)]  # for all rows, so that each is as in the whole
         first = number * self.batch_size
         return torch.stack(
-            [self._augmented(self._index(first + i), *drawn[i]) for i in range(self.batch_size)[self.part]]
+            [self.augmented(self._index(first + i), *drawn[i]) for i in range(self.batch_size)[self.part]]
         )
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
         return int(_order(len(self.images), self.seed, epoch)[place])
 
-    def _draw(self, generator: torch.Generator) -> tuple[bool, Crop | None]:
+    def draw(self, generator: torch.Generator) -> tuple[bool, Crop | None]:
         """Whether an image is mirrored and, in 2-D, which part of it is used."""
         flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         if self.geometry.ndim == 2:
             return flip, random_crop(self.images.shape[2], self.images.shape[3], self.crop_scale, generator)
         return flip, None
 
-    def _augmented(self, index: int, flip: bool, crop: Crop | None) -> Tensor:
+    def augmented(self, index: int, flip: bool, crop: Crop | None) -> Tensor:
+        """Image `index` (C, *geometry.size) as drawn."""
         stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
         if crop:
             top, left, height, width = crop
@@ -106,7 +109,7 @@ def whole_images(images: FloatImages, geometry: Geometry, batch_size: int) -> It
         yield batch
 
 
-def batch_loader(batches: TrainingBatches, start: int, stop: int, workers: int) -> DataLoader[Tensor]:
+def batch_loader(batches: Dataset[T], start: int, stop: int, workers: int) -> DataLoader[T]:
     """Batches number start..stop in order, prepared ahead by `workers` processes (0: in this one)."""
     return DataLoader(
         batches,

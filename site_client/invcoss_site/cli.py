@@ -14,16 +14,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from invcoss_common.chain import parse_head
 from invcoss_common.command import AsJson, run_command, service_says, tell
-from invcoss_common.errors import DataError
+from invcoss_common.errors import ChainError, DataError
 from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
 from invcoss_common.verifier import Keys, KnownHead, Last, read_keys, show, tell_verified, verify_chain
+from invcoss_site.cli_policy import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Part = Literal["all", "agent", "network"]
 SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
 app.command()(verify_chain)
+app.add_typer(commands)
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
 
 
@@ -34,6 +37,7 @@ def check_data(
     index: Annotated[
         list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="pattern of the names to use, such as '*_T1w.nii.gz'")] = None,
     size: Annotated[SizeName, typer.Option(help="size of model that the images are prepared for")] = "nano",
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +46,7 @@ def check_data(
     from invcoss_site.prepare import prepare
 
     row = lookup(modality, MODALITIES)
-    inventory = take_inventory(folder, row, tuple(index or ()))
+    inventory = take_inventory(folder, row, tuple(index or ()), tuple(only or ()))
     with tempfile.TemporaryDirectory() as cache, Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("reading", total=len(inventory.items))
         images = prepare(
@@ -58,6 +62,8 @@ def check_data(
     for item in inventory.items:
         cases[item.held_out].add(item.case)
     reasons = [rejected.reason for rejected in images.quarantined]
+    warnings = [warned.reason for warned in images.warnings]
+    axes = {name: {"files": count, "first": first} for name, (count, first) in sorted(images.axes.items())}
     if as_json:
         counts = {
             "train": train,
@@ -65,16 +71,27 @@ def check_data(
             "train_cases": len(cases[False]),
             "heldout_cases": len(cases[True]),
         }
-        print(json.dumps({"modality": modality, "images": counts, "quarantined": reasons}))
+        print(
+            json.dumps(
+                {"modality": modality, "images": counts, "quarantined": reasons, "warnings": warnings, "axes": axes}
+            )
+        )
         return
     table = Table("", "images", "cases")
     table.add_row("training", str(train), str(len(cases[False])))
     table.add_row("held out", str(held_out), str(len(cases[True])))
     console = Console()
     console.print(table)
-    console.print(f"not used: {len(reasons)}")
-    for reason in reasons:
-        console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
+    stored = [f"{name}: {one['files']}, first {one['first']}" for name, one in axes.items()]
+    for title, lines in (
+        (f"not used: {len(reasons)}", reasons),
+        (f"used, but look at them: {len(warnings)}", warnings),
+        ("axes as stored, all turned to one order:", stored),
+    ):
+        if lines or lines is reasons:
+            console.print(title)
+        for line in lines:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -116,6 +133,7 @@ def init(
         as_json,
         {"site": name, "request": str(file), "signing_key_sha256": request.signing_key_sha256},
         f"site {name} in {folder}; the private keys in {folder / 'keys'} never leave this machine",
+        f"read and set what the site allows: {folder / 'policy.toml'}",
         f"send the operator {file}; it holds public keys only",
         "compare these by phone:",
         f"  site's signing key: {fingerprint(request.signing_key_sha256)}",
@@ -200,6 +218,32 @@ def verify(folder: SiteFolder, key: Keys = None, head: KnownHead = None, as_json
 
     own = journal_key(load_home(folder))
     tell_verified(folder / JOURNAL, [*([own.public_key()] if own else []), *read_keys(key)], head, as_json)
+
+
+@app.command()
+def evidence(
+    folder: SiteFolder,
+    stage: Annotated[int, typer.Argument(min=0, max=63, help="number of the stage, as in s00-train")],
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="if there were several")] = None,
+    key: Keys = None,
+    head: KnownHead = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write down, verified and for the data protection officer, all that left this site for one of its stages."""
+    from invcoss_site.evidence import gather, write  # here, because they need seconds to import
+    from invcoss_site.home import load_home
+
+    home = load_home(folder)
+    found = gather(home, stage, run, read_keys(key), parse_head(head) if head else None)
+    page = write(home, found)
+    tell(
+        as_json,
+        {"page": str(page), "json": str(page.with_suffix(".json")), "failed": [check.what for check in found.failed]},
+        f"{page}",
+        f"{page.with_suffix('.json')}: the same for programs",
+    )
+    if found.failed:
+        raise ChainError(f"NOT VERIFIED: {found.failed[0].what}: {found.failed[0].text}; do not rely on the page")
 
 
 def main() -> None:

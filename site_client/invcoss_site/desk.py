@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from invcoss_common import __version__
 from invcoss_common.canonical import write_atomic
 from invcoss_common.encoding import decode, encode
-from invcoss_common.errors import HopBusy, ProtocolError, TransferClosed
+from invcoss_common.errors import HopBusy, ProtocolError, TransferClosed, error_class
 from invcoss_common.records import (
     PROTOCOL_VERSION,
     Artefact,
@@ -29,10 +29,15 @@ from invcoss_common.records import (
 )
 from invcoss_common.wire import MAX_PART_BYTES
 from invcoss_site import journal
-from invcoss_site.handoffs import check_coordinator, check_sequence
+from invcoss_site.guard import check_response
+from invcoss_site.handoffs import check_coordinator, check_sequence, keep, kept, note_sequence
 from invcoss_site.home import SiteHome
+from invcoss_site.permission import check, check_size
+from invcoss_site.policy import readable_policy
+from invcoss_site.rounding import egress_policy, rounded_status
 from invcoss_site.transfer import check_open, count, is_open
-from invcoss_site.work import AGENT_LOCK, error_class, is_idle, log_error
+from invcoss_site.uploads import count_upload
+from invcoss_site.work import AGENT_LOCK, is_idle, log_error
 
 _HOP: TypeAdapter[str] = TypeAdapter(HopId)
 
@@ -41,6 +46,7 @@ def answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str
     """The site's answer to `request`; `start_work(home, hop)` begins the work of a hop and must not wait for it."""
     try:
         response = _answer(request, home, start_work)
+        check_response(request, response, home)
         journal.answered(home, request, response)
         return response
     except TransferClosed as error:  # not a failure, and may be asked for all night: not for the log
@@ -73,6 +79,7 @@ def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, st
         case "have":
             artefact = _artefact(request)
             if not home.artefacts.has(artefact):
+                _check_room(home, artefact)
                 check_open(home)  # here too, so that nobody sends a large part in vain
             return Response({"received": home.artefacts.received_bytes(artefact)})
         case "put":
@@ -82,15 +89,14 @@ def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, st
                 put["closed"] = int(not is_open(home))
             return Response(put)
         case "start":
-            content = str(fields["handoff"]).encode()
-            check_coordinator(home, content, str(fields.get("signature", "")))
-            handoff = from_bytes(HandOff, content)
-            check_sequence(home, handoff)
-            return Response({"state": _start(handoff, str(fields["attempt"]), home, start_work)})
+            return Response({"state": _start(request, home, start_work)})
         case "status":
             hop = _hop(request)
             status = hop_status(home, hop)
-            answer: dict[str, str | int] = {"status": to_bytes(status).decode(), "report": ""}
+            if status.waits and request.protocol < 2:  # which has no word for it
+                status = Status(state="queued")
+            told = rounded_status(status, egress_policy(home.root))
+            answer: dict[str, str | int] = {"status": to_bytes(told).decode(), "report": ""}
             if status.state == "done":
                 answer["report"] = (home.hop_folder(hop) / "report.json").read_text("utf-8")
             if request.protocol >= 2:
@@ -99,6 +105,7 @@ def _answer(request: Request, home: SiteHome, start_work: Callable[[SiteHome, st
         case "get":
             check_open(home)
             encoding, blob = encode(_part(request, home), str(fields.get("encoding", "")))
+            count_upload(home, egress_policy(home.root), len(blob))
             count(home, len(blob))
             return Response({"encoding": encoding} if request.protocol >= 2 else {}, blob)
         case "purge":
@@ -125,29 +132,40 @@ def hop_status(home: SiteHome, hop: str) -> Status:
     return status
 
 
-def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> str:
-    """Begin the work of a hand-off, unless it runs, is done, or failed in this very attempt; the hop's state."""
+def _start(request: Request, home: SiteHome, start_work: Callable[[SiteHome, str], object]) -> str:
+    """Begin the work of a hand-off, unless it runs, is done, or failed in this very attempt; the hop's state.
+
+    The policy is asked here so that the coordinator soon knows, as far as this process may read it; what counts is
+    what the worker finds.
+    """
+    content, signature = str(request.fields["handoff"]).encode(), str(request.fields.get("signature", ""))
+    policy, attempt = readable_policy(home.root), str(request.fields["attempt"])
+    check_coordinator(home, policy, content, signature)
+    handoff = from_bytes(HandOff, content)
+    check_sequence(home, handoff)
     if handoff.receiver != home.name:
         raise ProtocolError("the hand-off is for another site")
     if not all(home.artefacts.has(artefact) for artefact in handoff.artefacts):
         raise ProtocolError("the hand-off names artefacts that were not delivered")
-    folder, content = home.hop_folder(handoff.hop), to_bytes(handoff)
-    file = folder / "handoff.json"
-    if not file.is_file() or file.read_bytes() != content:
-        if folder.is_dir():
-            if not is_idle(home, handoff.hop):
-                raise HopBusy("another hand-off of this name is being worked on")
-            shutil.rmtree(folder)
-        write_atomic(file, content)
-    state = hop_status(home, handoff.hop).state
+    folder, is_known = home.hop_folder(handoff.hop), kept(home, handoff.hop) == handoff
     attempt_file = folder / "attempt"
-    (folder / "abort").unlink(missing_ok=True)
-    if (
-        state in ("queued", "running")
-        or (state == "done" and all(home.artefacts.has(artefact) for artefact in _report(home, handoff.hop).artefacts))
-        or (state == "failed" and attempt_file.read_text("utf-8") == attempt)
-    ):
-        return state
+    if is_known:
+        state = hop_status(home, handoff.hop).state
+        (folder / "abort").unlink(missing_ok=True)
+        if (
+            state in ("queued", "running")
+            or (state == "done" and all(map(home.artefacts.has, _report(home, handoff.hop).artefacts)))
+            or (state == "failed" and attempt_file.read_text("utf-8") == attempt)
+        ):
+            return state
+    if policy:
+        check(policy, handoff)
+    if not is_known and folder.is_dir():
+        if not is_idle(home, handoff.hop):
+            raise HopBusy("another hand-off of this name is being worked on")
+        shutil.rmtree(folder)
+    note_sequence(home, handoff)
+    keep(home, handoff, content, signature)
     journal.accepted(home, handoff)
     home.artefacts.keep_only({artefact.sha256 for artefact in handoff.artefacts})  # earlier hops are done
     write_atomic(attempt_file, attempt.encode())
@@ -156,10 +174,17 @@ def _start(handoff: HandOff, attempt: str, home: SiteHome, start_work: Callable[
     return hop_status(home, handoff.hop).state
 
 
+def _check_room(home: SiteHome, artefact: Artefact) -> None:
+    """Raise LimitExceeded when no hand-off may bring so much here; nothing of it needs to be sent."""
+    if policy := readable_policy(home.root):
+        check_size(policy, artefact.size_bytes)
+
+
 def _add(request: Request, home: SiteHome) -> int:
     """Store a part of an artefact; the bytes of it now held."""
     count(home, len(request.blob))
     artefact, offset = _artefact(request), int(request.fields["offset"])
+    _check_room(home, artefact)
     limit = min(artefact.size_bytes - offset, MAX_PART_BYTES)
     part = decode(request.blob, str(request.fields.get("encoding", "")), limit)
     return home.artefacts.append(artefact, offset, part)

@@ -25,6 +25,7 @@ from invcoss_common.supervise import flower_environment, is_locked, program_path
 from invcoss_site.connection import Way, check_clock, connect, find_way, resolve, secure
 from invcoss_site.enrol import check_authority, load_authority, load_join
 from invcoss_site.home import load_home
+from invcoss_site.policy import POLICY, SitePolicy, load_policy
 from invcoss_site.work import AGENT_LOCK
 
 COUNTING_S = 5.0  # longest count of the images
@@ -48,6 +49,7 @@ def examine(root: Path, timeout_s: float, checkup: Checkup) -> None:
     step("memory", memory)
     step("GPU", partial(gpu, "training"))
     step("data", partial(_data, root), ("settings",))
+    step("policy", partial(_policy, root))
     step("software", _software)
     step("service", partial(_service, root), ("settings",))
 
@@ -136,7 +138,7 @@ def _authentication(root: Path, timeout_s: float) -> str:
 
 
 def _data(root: Path) -> str:
-    from invcoss_site.ingest import SUFFIXES  # here, because the readers take seconds to import
+    from invcoss_site.ingest import ENDINGS, is_image  # here, because the readers take seconds to import
 
     home = load_home(root)
     if not home.data.is_dir():
@@ -144,11 +146,10 @@ def _data(root: Path) -> str:
     for name in home.index:
         if not os.access(home.data / name, os.R_OK):
             raise DataError(f"{home.data / name}: can't read this index; correct `index` in site.toml")
-    endings = tuple(ending for kind in SUFFIXES.values() for ending in kind)
     closed: list[OSError] = []
     count, deadline, whole = 0, time.monotonic() + COUNTING_S, True
     for path in _files(home.data, closed):
-        if path.name.lower().endswith(endings):
+        if is_image(path):
             if not count and not os.access(path, os.R_OK):
                 raise DataError(f"{path}: can't be read; the site's IT must let this user read the images")
             count += 1
@@ -158,11 +159,29 @@ def _data(root: Path) -> str:
     if closed and not count:
         raise DataError(f"{closed[0].filename}: can't be read ({closed[0].strerror}); the site's IT must let this user")
     if not count and whole:
-        raise DataError(f"{home.data}: no images ({', '.join(endings)}); set `data` in site.toml to their folder")
+        raise DataError(f"{home.data}: no images ({', '.join(ENDINGS)}); set `data` in site.toml to their folder")
     text = f"{count} image files in {home.data}" if whole else f"more than {count} image files in {home.data}"
     if closed:
         return Doubt(f"{text}; {len(closed)} folders there can't be read, the first: {closed[0].filename}")
     return text
+
+
+def _policy(root: Path) -> str:
+    policy, default = load_policy(root), SitePolicy()
+    few = policy.cases.min_train < default.cases.min_train or policy.cases.min_heldout < default.cases.min_heldout
+    surprises = {
+        "any plan of the coordinator is done, unasked ([trust] plans, approval)": not (
+            policy.trust.plans or policy.trust.approval
+        ),
+        "further keys than the coordinator's may sign hand-offs ([trust] coordinators)": policy.trust.coordinators,
+        "fewer cases than by default may stand behind what leaves ([cases])": few,
+        "pools may be handed on without this site's audit ([audit] required)": not policy.audit.required,
+        "differential privacy is required, and may be spent without limit ([dp] max_epsilon)": policy.dp.required
+        and policy.dp.max_epsilon is None,
+    }
+    found = [text for text, holds in surprises.items() if holds]
+    where = f"{root / POLICY}" if (root / POLICY).exists() else f"{root / POLICY} is not there, so the defaults hold"
+    return Doubt(f"{where}: {'; '.join(found)}") if found else where
 
 
 def _software() -> str:

@@ -2,6 +2,7 @@
 
 ROOT/keys/      node node.pub       the Flower node's key: the coordinator knows the site by it
                 signing.pem         the Ed25519 key that signs what the site sends
+ROOT/policy.toml                    what the site allows, to be read and set by the hospital
 ROOT/enrolment-request.json         for the operator; public keys only
 ROOT/join.json ROOT/ca.crt          from the operator; who the coordinator is
 """
@@ -39,6 +40,7 @@ from invcoss_common.keys import (
 )
 from invcoss_common.modality import MODALITIES, lookup
 from invcoss_site.home import load_home, write_home
+from invcoss_site.policy import write_policy
 
 TRIAL_CASES = 60
 
@@ -46,9 +48,9 @@ TRIAL_CASES = 60
 def init_site(root: Path, name: str, data: Path) -> EnrolmentRequest:
     """Make a site's folder, keys and enrolment request; `data` is the folder of images.
 
-    A `site.toml` that is there stays as it is, if it has the same name and data. A kill at any instant leaves no keys,
-    and the same call again makes them. Raises CredentialError when there are keys already, DataError when there is no
-    folder `data` or `site.toml` says otherwise.
+    A `site.toml` that is there stays as it is, if it has the same name and data, as does a `policy.toml`. A kill at any
+    instant leaves no keys, and the same call again makes them. Raises CredentialError when there are keys already,
+    DataError when there is no folder `data` or `site.toml` says otherwise.
     """
     check_name(name)
     if not data.is_dir():
@@ -58,6 +60,7 @@ def init_site(root: Path, name: str, data: Path) -> EnrolmentRequest:
     try:
         with new_folder(keys) as draft:
             _write_settings(root, name, data.resolve())
+            write_policy(root)
             node, signing = generate_ec_key(), generate_signing_key()
             save_node_key(node, draft / "node")
             write_atomic(draft / "node.pub", f"{public_text(node.public_key())}\n".encode())

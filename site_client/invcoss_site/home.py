@@ -8,12 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Name
 from invcoss_common.errors import DataError
+
+
+def _some_time(hours: str) -> str:
+    if hours[:5] == hours[6:]:
+        raise ValueError("begins and ends at the same minute; leave hours out if any time will do")
+    return hours
+
+
+Hours = Annotated[
+    str,
+    Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$"),
+    AfterValidator(_some_time),
+]  # of the day, from-to in the site's local time, which may run past midnight
 
 
 class Transfer(BaseModel):
@@ -22,18 +35,9 @@ class Transfer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     max_mbit_s: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="average bandwidth")
-    hours: str | None = Field(
-        default=None,
-        pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$",
-        description='from-to in the site\'s local time, such as "20:00-06:00"; unset: all day',
+    hours: Hours | None = Field(
+        default=None, description='from-to in the site\'s local time, such as "20:00-06:00"; unset: all day'
     )
-
-    @field_validator("hours")
-    @classmethod
-    def _some_time(cls, hours: str | None) -> str | None:
-        if hours and hours[:5] == hours[6:]:
-            raise ValueError("begins and ends at the same minute; leave hours out if any time will do")
-        return hours
 
 
 class _SiteFile(BaseModel):
@@ -44,6 +48,7 @@ class _SiteFile(BaseModel):
     name: Name
     data: str
     index: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     transfer: Transfer = Transfer()
     processes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
 
@@ -52,7 +57,7 @@ class _SiteFile(BaseModel):
 class SiteHome:
     """One site's folder. `index` names CSV files in `data`, as the plan's [simulation] or the site wrote them.
 
-    `processes` train together; None is one a GPU.
+    `processes` train together; None is one a GPU. `only` are patterns that a file's name or path in `data` must match.
     """
 
     name: str
@@ -61,6 +66,7 @@ class SiteHome:
     index: tuple[str, ...] = ()
     transfer: Transfer = field(default_factory=Transfer)
     processes: int | None = None
+    only: tuple[str, ...] = ()
 
     @property
     def spool(self) -> Path:
@@ -70,6 +76,10 @@ class SiteHome:
     @property
     def cache(self) -> Path:
         return self.root / "cache"
+
+    def secrets(self, hop: str) -> Path:
+        """What differential privacy keeps of a hop until it is done: where the network-facing side can't read."""
+        return self.cache / "dp" / hop
 
     @property
     def log(self) -> Path:
@@ -107,4 +117,4 @@ def load_home(root: Path) -> SiteHome:
         first = error.errors(include_url=False, include_input=False)[0]
         raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     data = (root / values.data).resolve()
-    return SiteHome(values.name, root.resolve(), data, values.index, values.transfer, values.processes)
+    return SiteHome(values.name, root.resolve(), data, values.index, values.transfer, values.processes, values.only)

@@ -8,7 +8,9 @@ with the site's key; those of a simulated site, which has none, are chained only
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter, ValidationError
@@ -16,9 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from invcoss_common.canonical import canonical_json, sha256_hex
 from invcoss_common.chain import OWN, Value, writing
 from invcoss_common.keys import load_signing_key
-from invcoss_common.records import Digest, HandOff, HopId, Report, Request, Response, to_bytes
+from invcoss_common.records import Digest, HandOff, HopId, Release, Report, Request, Response, to_bytes
 from invcoss_site.handoffs import has_joined
 from invcoss_site.home import SiteHome
+from invcoss_site.policy import policy_digest
 
 JOURNAL = "journal.jsonl"
 
@@ -75,9 +78,38 @@ def accepted(home: SiteHome, handoff: HandOff) -> None:
     )
 
 
+def decided(home: SiteHome, word: Literal["approved", "denied"], handoff: HandOff) -> None:
+    """A person's word on a hand-off, in nobody's name."""
+    note(home, word, {"run": handoff.run, "hop": handoff.hop, "handoff": sha256_hex(to_bytes(handoff))})
+
+
 def begun(home: SiteHome, handoff: HandOff) -> None:
-    """The work of a hop begins, or goes on after its worker was killed."""
-    note(home, "begun", {"run": handoff.run, "hop": handoff.hop, "handoff": sha256_hex(to_bytes(handoff))})
+    """The work of a hop begins, or goes on after its worker was killed, under the policy of this moment."""
+    values: dict[str, Value] = {"run": handoff.run, "hop": handoff.hop, "handoff": sha256_hex(to_bytes(handoff))}
+    note(home, "begun", values | {"policy": policy_digest(home.root)})
+
+
+def audited(home: SiteHome, handoff: HandOff, release: Release) -> None:
+    """The decision what of a pool, made of this model, may travel."""
+    note(
+        home,
+        "audited",
+        {
+            "run": handoff.run,
+            "hop": handoff.hop,
+            "model": handoff.model.sha256,
+            "pool": release.pool,
+            "released": release.released.sha256 if release.released else "",
+            "dropped": len(release.dropped),
+            "images": release.figures.pool_images,
+        },
+    )
+
+
+def charged(home: SiteHome, spends: Mapping[str, object], epsilon: float, delta: float) -> None:
+    """What a visit spends of the site's privacy, and the epsilon of it alone; fractions are texts."""
+    values: dict[str, Value] = {name: value if isinstance(value, int) else str(value) for name, value in spends.items()}
+    note(home, "charged", values | {"epsilon": repr(epsilon), "delta": repr(delta)})
 
 
 def done(home: SiteHome, report: Report) -> None:

@@ -19,7 +19,14 @@ from invcoss_common.errors import DataError, InvcossError, PlanError
 from invcoss_site.home import SiteHome, load_home, write_home
 from invcoss_site.policy import POLICY
 
-SMALL = b"# A simulated site may be as small as one likes.\n[cases]\nmin_train = 1\nmin_heldout = 1\n"
+SMALL = b"""\
+# A simulated site may be as small as one likes, and a plan may go without the audit (relay.audit).
+[cases]
+min_train = 1
+min_heldout = 1
+[audit]
+required = false
+"""
 
 
 def simulated_home(plan: Plan, site: str, data: Path | None, out: Path) -> SiteHome:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from invcoss_common.config import TrainConfig
 from invcoss_common.errors import TrainingError
@@ -27,12 +28,15 @@ from invcoss_common.tokens import random_mask
 from invcoss_common.weights import check_tensors, schema_of, write_tensors
 from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, TrainingBatches, batch_loader
+from invcoss_site.dp import PoissonBatches, Private, leave_private_gradient
 from invcoss_site.replay import Rehearse
+
+T = TypeVar("T")
 
 
 @dataclass
 class Progress:
-    """Where a training stands; `losses` holds the masked-reconstruction loss of every step so far."""
+    """Where a training stands; `losses` holds the masked-reconstruction loss of every step so far, none if private."""
 
     step: int = 0
     steps: int = 0
@@ -52,7 +56,7 @@ class Progress:
 
 
 def steps_for(config: TrainConfig, images: int) -> int:
-    """Optimiser steps of one stage over `images` training images."""
+    """Optimiser steps of one stage over `images` training images; of a private one, over so many cases."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
@@ -76,22 +80,26 @@ def train(
     seed: int,
     flip: bool = True,
     rehearse: Rehearse | None = None,
+    private: Private | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train `model` in place on `images` (N, C, *stored) in [0, 1].
 
-    `rehearse(model, step)` adds a loss for what was learned before. With `checkpoint`, the state is saved there every
-    `checkpoint_every_s` and a later call goes on from it. Raises TrainingError after `max_bad_steps` non-finite steps.
+    `rehearse(model, step)` adds a loss for what was learned before. With `private`, the gradient of the images is that
+    of DP-SGD; what comes after it knows of no image, and no loss is kept. With `checkpoint`, the state is saved there
+    every `checkpoint_every_s` and a later call goes on from it. Raises TrainingError after `max_bad_steps` non-finite
+    steps.
 
     With several processes all call it alike. Each works on its part of every batch and of the replay batch; the losses,
     the rule for bad numbers and the weights are the same in all of them, and the first alone writes checkpoints, which
     any number of processes can go on from.
     """
+    assert private is None or ranks.count() == 1
     model.train()
     device = model.cls_token.device
     optimiser = make_optimiser(model, config)
-    progress = Progress(steps=steps_for(config, len(images)))
+    progress = Progress(steps=steps_for(config, private.cases if private else len(images)))
     if checkpoint and checkpoint.exists():
         _load_checkpoint(checkpoint, model, optimiser, progress)
     student = ranks.synchronised(model)
@@ -105,8 +113,14 @@ def train(
         seed=seed,
         part=slice(part.start, part.stop),
     )
-    loader = iter(
-        batch_loader(batches, progress.step * config.accumulate, progress.steps * config.accumulate, config.workers)
+    per_step = config.accumulate if private is None else 1
+    loader: Iterator[Any] = iter(  # of images, or if private of images and masks
+        batch_loader(
+            batches if private is None else PoissonBatches(batches, private, config),
+            progress.step * per_step,
+            progress.steps * per_step,
+            config.workers,
+        )
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bf16(config, device))
     bad_in_a_row = 0
@@ -116,22 +130,15 @@ def train(
         began = time.monotonic()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(progress.step, progress.steps, config)
-        loss_sum = 0.0
-        for turn in range(config.accumulate):
-            waiting = time.monotonic()
-            batch = next(loader).to(device, non_blocking=True)
-            progress.wait_seconds += time.monotonic() - waiting
-            generator = generator_for(seed, "mask", progress.step, turn)
-            mask = random_mask(config.batch_size, geometry.tokens, config.mask_ratio, generator)
-            mask = mask.rows(part.start, part.stop).to(device)
-            last = rehearse is None and turn == config.accumulate - 1
-            with nullcontext() if last else ranks.unsynchronised(student):
-                with autocast:
-                    _, prediction = student(batch, geometry, mask)
-                    loss = part.weight * reconstruction_loss(prediction, batch, geometry, mask)
-                (loss / config.accumulate).backward()
-            loss_sum += float(loss.detach()) / config.accumulate
-            progress.images += config.batch_size
+        if private is None:
+            loss_sum = _leave_gradient(
+                student, loader, geometry, config, seed, progress, device, autocast, last=rehearse is None
+            )
+        else:
+            drawn, mask = _await(loader, progress)
+            leave_private_gradient(model, drawn.to(device), mask.to(device), geometry, private, config, progress.step)
+            loss_sum = 0.0  # nobody is to know it
+        progress.images += config.accumulate * config.batch_size
         if rehearse is not None:
             with autocast:
                 replay_loss = rehearse(student, progress.step)
@@ -140,7 +147,8 @@ def train(
         loss_mean, norm = ranks.averaged(torch.tensor([loss_sum, norm], dtype=torch.float64)).tolist()
         if math.isfinite(norm) and math.isfinite(loss_mean):
             optimiser.step()
-            progress.losses.append(loss_mean)
+            if private is None:
+                progress.losses.append(loss_mean)
             bad_in_a_row = 0
         else:
             progress.skipped += 1
@@ -161,6 +169,47 @@ def train(
             on_progress(progress)
     model.eval()
     return progress
+
+
+def _leave_gradient(
+    student: nn.Module,
+    loader: Iterator[Tensor],
+    geometry: Geometry,
+    config: TrainConfig,
+    seed: int,
+    progress: Progress,
+    device: torch.device,
+    autocast: AbstractContextManager[None],
+    *,
+    last: bool,
+) -> float:
+    """Leave the mean gradient of one step's images in `grad`, and return their mean loss.
+
+    Where several processes train, the gradient is averaged over them at its end if `last`, that is if nothing is to be
+    added to it.
+    """
+    part = ranks.part_of(config.batch_size)
+    loss_sum = 0.0
+    for turn in range(config.accumulate):
+        batch = _await(loader, progress).to(device, non_blocking=True)
+        generator = generator_for(seed, "mask", progress.step, turn)
+        mask = random_mask(config.batch_size, geometry.tokens, config.mask_ratio, generator)
+        mask = mask.rows(part.start, part.stop).to(device)
+        with nullcontext() if last and turn == config.accumulate - 1 else ranks.unsynchronised(student):
+            with autocast:
+                _, prediction = student(batch, geometry, mask)
+                loss = part.weight * reconstruction_loss(prediction, batch, geometry, mask)
+            (loss / config.accumulate).backward()
+        loss_sum += float(loss.detach()) / config.accumulate
+    return loss_sum
+
+
+def _await(loader: Iterator[T], progress: Progress) -> T:
+    """The next item of `loader`; the time that it takes is noted."""
+    began = time.monotonic()
+    item = next(loader)
+    progress.wait_seconds += time.monotonic() - began
+    return item
 
 
 def make_optimiser(model: MultiModalMAE, config: TrainConfig) -> torch.optim.AdamW:

@@ -6,26 +6,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from invcoss_common import __version__
+from invcoss_common.canonical import sha256_hex, write_atomic
 from invcoss_common.metrics import CURVE_POINTS
 from invcoss_common.model import MultiModalMAE
-from invcoss_common.records import HandOff, Phase, Report, Status, Task
+from invcoss_common.pools import images_like
+from invcoss_common.records import DpSpent, HandOff, Phase, Report, Status, Task, to_bytes
 from invcoss_common.seeds import derive_seed
-from invcoss_common.statistics import record_statistics, statistics_to_bytes
+from invcoss_common.statistics import record_statistics, statistics_from_bytes, statistics_to_bytes
 from invcoss_common.weights import read_model, round_weights, write_model
 from invcoss_site import ranks
 from invcoss_site.batches import FloatImages, whole_images
+from invcoss_site.dp import Private, visit_key
+from invcoss_site.dp_statistics import private_statistics
 from invcoss_site.evaluate import heldout_loss
 from invcoss_site.home import SiteHome
 from invcoss_site.inventory import take_inventory
+from invcoss_site.permission import check_images
+from invcoss_site.policy import load_policy
 from invcoss_site.prepare import SiteImages, mapped, prepare
+from invcoss_site.privacy import Charge, charge
+from invcoss_site.release import release_pool
 from invcoss_site.replay import Rehearse, ReplayPool, rehearsal
-from invcoss_site.trainer import Progress, train
+from invcoss_site.trainer import Progress, steps_for, train
 
 OnStatus = Callable[[Status], None]
 
@@ -42,8 +48,10 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
         torch.set_num_threads(task.threads)
     with ranks.joined(home.hop_folder(handoff.hop)):
         images = site_images(home, task, on_status)
+        check_images(load_policy(home.root), task, len(images.train), images.train_cases, images.heldout_cases)
+        private, spent = begin_private(handoff, home, images)
         model = load_model(handoff, home, ranks.device())
-        progress = _train(handoff, home, model, images.train, on_status) if task.kind == "train" else None
+        progress = _train(handoff, home, model, images.train, on_status, private) if task.kind == "train" else None
     metrics = {
         "train_images": float(len(images.train)),
         "train_cases": float(images.train_cases),
@@ -58,9 +66,13 @@ def visit(handoff: HandOff, home: SiteHome, on_status: OnStatus) -> Report:
         plan_digest=handoff.plan_digest,
         code_version=__version__,
         metrics=metrics,
+        dp=spent,
     )
+    if task.kind == "audit":
+        release = release_pool(handoff, home, model, images, counter(on_status, "auditing"))
+        return report.model_copy(update={"release": release})
     if progress:
-        report = _add_results(handoff, home, model, images.train, progress, on_status, report)
+        report = _add_results(handoff, home, model, images.train, progress, on_status, report, private)
     loss = evaluate(model, images.heldout, task, on_status)
     return report.model_copy(update={"metrics": report.metrics | {"heldout_mim_loss": loss}})
 
@@ -75,9 +87,31 @@ def assist(handoff: HandOff, home: SiteHome) -> None:
 
 def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
     """This site's images of the task's modality, ready for the model; damaged files are quarantined."""
-    inventory = take_inventory(home.data, task.modality, home.index)
+    inventory = take_inventory(home.data, task.modality, home.index, home.only)
     tell = counter(on_status, "reading")
     return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache, tell)
+
+
+def begin_private(handoff: HandOff, home: SiteHome, images: SiteImages) -> tuple[Private | None, DpSpent | None]:
+    """What makes this training private, and what the site's account is charged for all of it by now; else (None, None).
+
+    Raises BudgetSpent before anything is charged, DataError where Opacus is not installed.
+    """
+    task, dp = handoff.task, handoff.dp
+    if dp is None or task.kind != "train":
+        return None, None
+    key = visit_key(home.secrets(handoff.hop), sha256_hex(to_bytes(handoff)), images.key)
+    private = Private(dp, images.case_of, key)
+    asked = Charge(
+        visit=private.name,
+        run=handoff.run,
+        hop=handoff.hop,
+        noise_multiplier=dp.noise_multiplier,
+        sample_rate=private.sample_rate(task.train),
+        steps=steps_for(task.train, private.cases),
+        statistics_noise=dp.statistics_noise,
+    )
+    return private, charge(home, load_policy(home.root).dp, asked, dp.delta)
 
 
 def load_model(handoff: HandOff, home: SiteHome, device: torch.device) -> MultiModalMAE:
@@ -110,7 +144,10 @@ def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Re
     if not handoff.pools:
         return None
     task = handoff.task
-    pools = [ReplayPool(pool_images(home.artefacts.path(pool.artefact)), pool.geometry) for pool in handoff.pools]
+    pools = [
+        ReplayPool(images_like(home.artefacts.path(pool.artefact), pool.geometry), pool.geometry)
+        for pool in handoff.pools
+    ]
     return rehearsal(
         load_model(handoff, home, device),
         pools,
@@ -121,15 +158,13 @@ def load_rehearsal(handoff: HandOff, home: SiteHome, device: torch.device) -> Re
     )
 
 
-def pool_images(path: Path) -> npt.NDArray[np.uint8]:
-    """The images of a pool file (N, C, *size), mapped: read when drawn, and in memory once for all processes."""
-    with safe_open(path, framework="pt") as file:
-        images: npt.NDArray[np.uint8] = file.get_tensor("images").numpy()
-    return images
-
-
 def _train(
-    handoff: HandOff, home: SiteHome, model: MultiModalMAE, images: FloatImages | None, on_status: OnStatus
+    handoff: HandOff,
+    home: SiteHome,
+    model: MultiModalMAE,
+    images: FloatImages | None,
+    on_status: OnStatus,
+    private: Private | None = None,
 ) -> Progress:
     """Train `model` in place on the images of the first process, which are mapped, not sent, in the others."""
     task = handoff.task
@@ -156,6 +191,7 @@ def _train(
         seed=derive_seed(task.seed, "stage", task.stage),
         flip=task.modality.horizontal_flip,
         rehearse=load_rehearsal(handoff, home, model.cls_token.device),
+        private=private,
         checkpoint=checkpoint_path(home, handoff.hop),
         on_progress=tell,
     )
@@ -169,19 +205,14 @@ def _add_results(
     progress: Progress,
     on_status: OnStatus,
     report: Report,
+    private: Private | None,
 ) -> Report:
     """`report` with the trained model, its statistics over the training `images`, and the training's numbers."""
     task = handoff.task
     round_weights(model, handoff.wire_dtype)  # first, so that what is measured below is the model that leaves
-    statistics = record_statistics(
-        model,
-        counted(images, task, model.cls_token.device, counter(on_status, "statistics")),
-        task.geometry,
-        task.train.mask_ratio,
-        seed=derive_seed(task.seed, "statistics", task.stage),
-    )
+    statistics = _statistics(handoff, home, model, images, on_status, private)
     metrics = report.metrics | {
-        "train_mim_loss": float(statistics.task_loss),
+        "train_mim_loss": float(statistics_from_bytes(statistics, task.model).task_loss),
         "train_seconds": progress.train_seconds,
         "images_per_s": progress.images_per_s,
         "data_wait_share": progress.data_wait_share,
@@ -192,11 +223,34 @@ def _add_results(
     return report.model_copy(
         update={
             "model": home.artefacts.adopt(draft),
-            "statistics": home.artefacts.put(statistics_to_bytes(statistics)),
+            "statistics": home.artefacts.put(statistics),
             "metrics": metrics,
             "curve": shorten(progress.losses, CURVE_POINTS),
         }
     )
+
+
+def _statistics(
+    handoff: HandOff,
+    home: SiteHome,
+    model: MultiModalMAE,
+    images: FloatImages,
+    on_status: OnStatus,
+    private: Private | None,
+) -> bytes:
+    """The file of the model's statistics over the training `images`; private ones are taken once."""
+    task, tell = handoff.task, counter(on_status, "statistics")
+    if private is None:
+        batches = counted(images, task, model.cls_token.device, tell)
+        seed = derive_seed(task.seed, "statistics", task.stage)
+        return statistics_to_bytes(record_statistics(model, batches, task.geometry, task.train.mask_ratio, seed))
+    file = home.hop_folder(handoff.hop) / f"statistics-{private.name[:16]}.safetensors"
+    if not file.exists():  # again, with the same noise and not quite the same sums, they would tell more
+        statistics = private_statistics(
+            model, images, task.geometry, task.train.mask_ratio, private, task.evaluate.batch_size, tell
+        )
+        write_atomic(file, statistics_to_bytes(statistics))
+    return file.read_bytes()
 
 
 def counted(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,11 +23,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from invcoss_common.canonical import write_atomic
-from invcoss_common.errors import InvcossError
-from invcoss_common.records import HandOff, Report, Status, from_bytes, to_bytes
+from invcoss_common.chain import records
+from invcoss_common.errors import InvcossError, error_class
+from invcoss_common.records import HandOff, Report, Status, to_bytes
 from invcoss_site import journal
-from invcoss_site.handoffs import sign_report
+from invcoss_site.approval import BEGAN, await_admission
+from invcoss_site.handoffs import check_artefacts, sign_report, taken
 from invcoss_site.home import SiteHome, load_home
+from invcoss_site.permission import check_audit, check_worked
+from invcoss_site.policy import load_policy
+from invcoss_site.uploads import check_upload
 
 Visit = Callable[[HandOff, SiteHome, Callable[[Status], None]], Report]
 
@@ -82,9 +88,9 @@ def worker_group(home: SiteHome, hop: str) -> int | None:
 
 
 def work(home: SiteHome, hop: str, visit: Visit) -> Status:
-    """Run the visit of `hop`; its result, or the class of its error, is left in the spool. The caller has the lock.
+    """Run the visit of `hop`, once it may begin; its result, or the class of its error, is left in the spool.
 
-    Returns the last status.
+    Nothing that the spool holds is used before it was verified here. The caller has the lock. Returns the last status.
     """
     folder = home.hop_folder(hop)
     last, written = Status(state="running"), 0.0
@@ -98,9 +104,22 @@ def work(home: SiteHome, hop: str, visit: Visit) -> Status:
 
     try:
         note(last)
-        handoff = _handoff(home, hop)
+        handoff, policy = await_admission(home, hop), load_policy(home.root)
+        began = _first_start(folder)
+        check_artefacts(home, handoff)
+        if handoff.task.kind == "train":  # what is trained is as large
+            check_upload(home, policy.egress, handoff.model.size_bytes)
+        if handoff.task.kind == "audit":
+            check_audit(policy, handoff, records(home.root / journal.JOURNAL))
         journal.begun(home, handoff)
-        report = visit(handoff, home, note)
+
+        def watch(status: Status) -> None:
+            check_worked(policy, time.time() - began)
+            note(status)
+
+        from invcoss_site.guard_report import released  # here, because a site's desk needs no torch
+
+        report = released(visit(handoff, home, watch), handoff, home, policy)
         journal.done(home, report)
         content = to_bytes(report)
         write_atomic(folder / "report.signature", sign_report(home, content).encode())
@@ -112,13 +131,17 @@ def work(home: SiteHome, hop: str, visit: Visit) -> Status:
         with suppress(OSError, InvcossError):  # if the journal is what failed, no answer leaves either
             journal.failed(home, hop, final.error)
     write_atomic(folder / "status.json", to_bytes(final))
+    if final.state == "done":
+        shutil.rmtree(home.secrets(hop), ignore_errors=True)
     return final
 
 
-def error_class(error: Exception) -> str:
-    """The only thing about an error that may leave a site: the name of its class."""
-    name = type(error).__name__
-    return name if name.isascii() and name.isalpha() and len(name) <= 48 else "Error"
+def _first_start(folder: Path) -> float:
+    """When the work of a hop first began (seconds since 1970), which is now unless it was killed or has failed."""
+    file = folder / BEGAN
+    if not file.exists():
+        write_atomic(file, str(time.time()).encode())
+    return float(file.read_text("ascii"))
 
 
 def log_error(home: SiteHome, file_name: str) -> None:
@@ -152,13 +175,24 @@ def _work_together(home: SiteHome, hop: str) -> None:
     from invcoss_site import ranks  # here, because the process that only starts workers needs no torch
 
     wanted = ranks.processes(home.processes)
-    if ranks.count() == 1 and wanted > 1 and _handoff(home, hop).task.kind == "train":
+    if ranks.count() == 1 and wanted > 1 and _trains(home, hop):
         command = ["-m", "invcoss_site.work", str(home.root), hop, "--locked", "--parent", str(os.getpid())]
         ranks.launch(wanted, home.hop_folder(hop), command)
     elif ranks.rank() == 0:
         sys.exit(work(home, hop, _visit).state != "done")
     else:
         _assist(home, hop)
+
+
+def _trains(home: SiteHome, hop: str) -> bool:
+    """Whether the hop, once it may begin, is a training for several processes; if it can't be taken, `work` says why.
+
+    One with differential privacy is for one process: its steps have a batch of random size, or none.
+    """
+    with suppress(Exception):
+        handoff = await_admission(home, hop)
+        return handoff.task.kind == "train" and handoff.dp is None
+    return False
 
 
 def _visit(handoff: HandOff, home: SiteHome, on_status: Callable[[Status], None]) -> Report:
@@ -178,15 +212,11 @@ def _assist(home: SiteHome, hop: str) -> None:
     try:
         from invcoss_site.visit import assist
 
-        assist(_handoff(home, hop), home)
+        assist(taken(home, load_policy(home.root), hop), home)  # the first process verifies all else before it joins
     except Exception:
         traceback.print_exc()
         time.sleep(2 * SETTLE_S)  # if the first process met the same error, it is the one to report it
         sys.exit(1)
-
-
-def _handoff(home: SiteHome, hop: str) -> HandOff:
-    return from_bytes(HandOff, (home.hop_folder(hop) / "handoff.json").read_bytes())
 
 
 def _end_with(parent: int) -> None:

@@ -213,6 +213,8 @@ NOT_TOML = {
     "cut off": GOOD[:-40] + '"',
     "json": '{"name": "demo"}',
     "a field twice": 'name = "a"\nname = "b"\n',
+    "lists in lists": "name = " + "[" * 5000,
+    "a number of thousands of digits": "name = " + "9" * 5000,
     "not utf-8": GOOD.encode() + b"# \xff",
     "utf-16": GOOD.encode("utf-16"),
 }

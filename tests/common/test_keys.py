@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from invcoss_common.errors import CredentialError
 from invcoss_common.keys import (
     check_fingerprint,
+    check_signature,
     fingerprint,
     generate_ec_key,
     generate_signing_key,
@@ -37,6 +38,7 @@ from invcoss_common.keys import (
     public_text,
     save_key,
     save_node_key,
+    sign,
 )
 
 NODE = generate_ec_key()
@@ -95,6 +97,17 @@ def test_a_damaged_key_is_refused_or_another_key(key, at, put, drop):
     text = f"{kind} {base64.b64encode(data[:at] + put + data[at + drop :]).decode()}"
     with suppress(CredentialError):
         assert (parse_public_key(text) == key) == (text == public_text(key))
+
+
+def test_a_signature_has_one_text():
+    signature = sign(SIGNING, "report", b"data")
+    check_signature(SIGNING.public_key(), "report", b"data", signature, "a site")
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    same = signature[:-3] + letters[letters.index(signature[-3]) ^ 1] + "=="
+    assert base64.b64decode(same) == base64.b64decode(signature)
+    for other in (same, signature + "\n", f" {signature}", signature.rstrip("="), f"{signature}=", "é", ""):
+        with pytest.raises(CredentialError, match="lacks the signature of a site"):
+            check_signature(SIGNING.public_key(), "report", b"data", other, "a site")
 
 
 def test_what_is_not_a_node_key_is_refused():

@@ -11,6 +11,7 @@ from invcoss_common.errors import WeightsError
 from invcoss_common.modality import Geometry, ModelShape
 from invcoss_common.model import build_model
 from invcoss_common.weights import (
+    check_file,
     model_from_bytes,
     model_schema,
     model_to_bytes,
@@ -204,6 +205,12 @@ BROKEN = {
     "overlapping tensors": lambda data: with_header(
         {n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in ("a\nb", "c")}, bytes(4)
     ),
+    "no values, and a shape that no tensor has": lambda data: with_header(
+        {"a": {"dtype": "F32", "shape": [0, 2**63, 2**63], "data_offsets": [0, 0]}}
+    ),
+    "no values, and steps that no tensor has": lambda data: with_header(
+        {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
+    ),
     "a shape larger than any file": lambda data: with_header(
         {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, bytes(4)
     ),
@@ -219,6 +226,17 @@ def torch_saved(tensors):
 @pytest.mark.parametrize("case", BROKEN)
 def test_bytes_that_are_no_safetensors_file_are_refused(case):
     refusal(BROKEN[case](tensors_to_bytes(weights())))
+
+
+def test_a_file_with_a_shape_that_no_tensor_has_is_refused(tmp_path):
+    shape = {"dtype": "F32", "shape": [0, 2**63, 2**63], "data_offsets": [0, 0]}
+    (tmp_path / "model").write_bytes(with_header({"cls_token": shape}))
+    with pytest.raises(WeightsError, match="'cls_token' has a shape that no tensor can have"):
+        check_file(tmp_path / "model", {"cls_token": ((1, 1, 32), torch.float32)})
+    (tmp_path / "model").write_bytes(with_header({"a": {**shape, "dtype": "Q\n\x1b[2J"}}))
+    with pytest.raises(WeightsError) as caught:
+        check_file(tmp_path / "model", {})
+    assert str(caught.value).isprintable()
 
 
 class Bomb:

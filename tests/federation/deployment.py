@@ -17,14 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from invcoss_common.canonical import write_atomic
 from invcoss_common.config import Plan
 from invcoss_common.phantoms import write_phantoms
 from invcoss_common.seeds import derive_seed
 from invcoss_common.supervise import free_port
 from invcoss_server.runs import Run, open_run
 from invcoss_site.home import SiteHome, load_home
+from invcoss_site.policy import POLICY
 from invcoss_site.work import worker_group
 
+FEW_CASES = b"# Sites of a test have a dozen images.\n[cases]\nmin_train = 1\nmin_heldout = 1\n"
 KINDS = ("serverapp", "superlink", "supernode", "agent", "trainer")
 BIN = Path(sys.executable).parent
 
@@ -76,6 +79,7 @@ class Deployment:
             self.server("init", self.consortium, "--name", "chest", "--host", "localhost", "--port", port)
         for site in sites or self.plan.sites:
             folder = self.home_folder(site)
+            write_atomic(folder / POLICY, FEW_CASES)
             self.site("init", folder, "--name", site, "--data", self.images(site))
             join = self.root / f"join-{site}.json"
             self.server("enrol-site", self.consortium, folder / "enrolment-request.json", "--out", join)

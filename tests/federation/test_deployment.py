@@ -3,14 +3,15 @@
 import json
 
 import pytest
-from tests.federation.deployment import Deployment, plan_toml
+from tests.federation.deployment import FEW_CASES, Deployment, plan_toml
 from tests.federation.loopback import LoopbackCourier
 from tests.federation.plans import tiny_plan
 
-from invcoss_common.canonical import sha256_file
+from invcoss_common.canonical import sha256_file, write_atomic
 from invcoss_server.relay import relay
 from invcoss_server.synthesis import synthesise_here
 from invcoss_site.home import write_home
+from invcoss_site.policy import POLICY
 from invcoss_site.visit import visit
 
 pytestmark = pytest.mark.slow
@@ -30,12 +31,15 @@ def finished(tmp_path_factory):
 
 
 def test_four_stages_give_the_weights_of_the_loopback_run(finished, tmp_path):
+    for site in FOUR.sites:
+        write_atomic(tmp_path / site / POLICY, FEW_CASES)
     homes = {site: write_home(tmp_path / site, site, finished.images(site)) for site in FOUR.sites}
     relay(finished.state().plan, LoopbackCourier(homes, visit), tmp_path / "run", synthesise_here)
     run = finished.state()
     assert sha256_file(run.folder / "model.safetensors") == sha256_file(tmp_path / "run" / "model.safetensors")
     assert [run.state.stage(number).state for number in range(4)] == ["released"] * 4
-    assert len(run.state.hops()) == 10
+    assert len(run.state.hops()) == 14
+    assert [hop.hop for hop in run.state.hops() if hop.report.release] == [f"s0{number}-audit" for number in range(4)]
 
 
 def test_each_site_has_its_own_folder_and_status_tells_where_all_is(finished):

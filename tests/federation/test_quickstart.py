@@ -115,7 +115,8 @@ def test_the_commands_for_later_on_the_finished_run(quickstart):
     ]
     kinds = [event["event"] for event in events]
     assert kinds.count("released") == 2
-    assert kinds.count("hop") == 3
+    assert kinds.count("hop") == 5
+    assert kinds.count("audited") == 2
     assert server(quickstart, "logs", "consortium", "quickstart").count("\n") == len(events)
     for order in ("pause", "resume"):
         server(quickstart, order, "consortium", "quickstart")

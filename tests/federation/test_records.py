@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
-from tests.federation.loopback import LoopbackCourier
+from tests.federation.deployment import FEW_CASES
+from tests.federation.loopback import LoopbackCourier, lift_guard
 from tests.federation.plans import tiny_plan
 from tests.federation.test_desk import CONFIG, fail, hand_off
 from tests.federation.test_signatures import SignedCourier
+from tests.server.releases import audited_of, release_of
 from typer.testing import CliRunner
 
 from invcoss_common import chain
 from invcoss_common.artefacts import ArtefactStore
-from invcoss_common.canonical import sha256_hex
+from invcoss_common.canonical import sha256_hex, write_atomic
 from invcoss_common.chain import records, verify
 from invcoss_common.errors import ChainError, CredentialError, PlanError, SiteError, WeightsError
 from invcoss_common.keys import load_signing_key, public_text
 from invcoss_common.phantoms import write_phantoms
-from invcoss_common.records import Artefact, Request, to_bytes
+from invcoss_common.pools import pool_to_bytes
+from invcoss_common.records import Request, to_bytes
 from invcoss_server import cli as server_cli
 from invcoss_server import state as state_module
 from invcoss_server.courier import deliver, wait
@@ -33,6 +37,7 @@ from invcoss_site import cli as site_cli
 from invcoss_site.desk import answer
 from invcoss_site.enrol import init_site, join
 from invcoss_site.home import load_home, write_home
+from invcoss_site.policy import POLICY
 from invcoss_site.visit import visit
 
 PLAN = tiny_plan(simulation={})
@@ -49,6 +54,7 @@ def finished(tmp_path_factory):
     init_consortium(root / "chest", "chest", ("localhost",), 9443)
     for stage in PLAN.stages:
         write_phantoms(root / "images" / stage.site, stage.modality, 12, 0)
+        write_atomic(site_folder(root, stage.site) / POLICY, FEW_CASES)
         request = init_site(site_folder(root, stage.site), stage.site, root / "images" / stage.site)
         join(site_folder(root, stage.site), enrol_site(root / "chest", request.to_bytes()).to_bytes())
     run = add_run(root / "chest", PLAN)
@@ -68,20 +74,33 @@ def ledger_of(root):
     return [*records(root / "chest" / "runs" / "tiny" / "ledger.jsonl")]
 
 
+def record_site(stage):
+    return PLAN.stages[stage].site
+
+
 def test_the_ledger_has_every_step_once(finished):
     found = ledger_of(finished)
     assert [(r["stage"], r["state"]) for r in found if r["kind"] == "stage"] == [
-        (stage, state) for stage in range(2) for state in ("visiting", "received", "inverting", "released")
+        (stage, state) for stage in range(2) for state in ("visiting", "received", "inverting", "auditing", "released")
     ]
-    hops = ["s00-train", "s01-train", "s01-eval-00"]
+    hops = ["s00-train", "s00-audit", "s01-train", "s01-audit", "s01-eval-00"]
     assert [r["hop"] for r in found if r["kind"] == "hand-off"] == hops
     assert [r["hop"] for r in found if r["kind"] == "accepted"] == hops
     assert [r["entry"] for r in found] == list(range(1, len(found) + 1))
     assert Counter(r["kind"] for r in found) == {
-        "run": 1, "order": 1, "stage": 8, "produced": 2, "hand-off": 3, "accepted": 3
+        "run": 1, "order": 1, "stage": 10, "produced": 2, "hand-off": 5, "accepted": 5, "released-pool": 2
     }  # fmt: skip
     state = open_run(finished / "chest", "tiny").state
     assert [r["pool"] for r in found if r["kind"] == "produced"] == [state.stage(n).pool.sha256 for n in range(2)]
+    for number, record in enumerate(r for r in found if r["kind"] == "released-pool"):
+        audited = state.audited(state.stage(number))
+        assert (record["stage"], record["pool"]) == (number, state.stage(number).pool.sha256)
+        assert (record["released"], record["dropped"]) == (audited.released.sha256, 0)
+        assert (
+            record["report"]
+            == next(r for r in found if r.get("hop") == f"s0{number}-audit" and "report" in r)["report"]
+        )
+        load_signatures(finished / "chest").check(record_site(number), audited.content, audited.signature)
 
 
 def test_journals_hold_what_the_ledger_says_and_all_that_left(finished):
@@ -101,6 +120,11 @@ def test_journals_hold_what_the_ledger_says_and_all_that_left(finished):
             assert {r["artefact"] for r in fetched} >= set(report["artefacts"])
             hand_offs = {r["handoff"] for r in ledger_of(finished) if r["kind"] == "hand-off"}
             assert all(r["handoff"] in hand_offs for r in journal if "handoff" in r)
+        audits = [r for r in journal if r["kind"] == "audited"]
+        released = [r for r in ledger_of(finished) if r["kind"] == "released-pool" and record_site(r["stage"]) == site]
+        same = ("pool", "released", "dropped")
+        assert [[r[name] for name in same] for r in audits] == [[r[name] for name in same] for r in released]
+        assert [(r["run"], r["images"]) for r in audits] == [("tiny", 4)]
     assert left == {digest: record["site"] for digest, record in accepted.items()}
 
 
@@ -126,7 +150,7 @@ def test_both_commands_show_and_verify(finished, tmp_path):
     key = public_text(key_of(finished, "ct-site"))
     assert "released" in command(server, "ledger", finished / "chest", "tiny")
     shown = command(site, "journal", folder, "--last", 3).splitlines()
-    assert len(shown) == 3 and "verb get" in shown[-1]
+    assert len(shown) == 3 and "verb status, hop s01-audit, state done" in shown[-1]
     newest = json.loads(command(site, "journal", folder, "--last", 1, "--json"))
     told = json.loads(command(site, "verify", folder, "--json"))
     assert (told["records"], told["signed"]) == (newest["n"], True)
@@ -172,7 +196,7 @@ class Killed(BaseException):
     """Stands for the end of a process."""
 
 
-def steps(artefact, handoff):
+def steps(artefact, handoff, audited):
     """All that changes a state, in some order."""
     return [
         lambda state: state.want("running"),
@@ -182,23 +206,25 @@ def steps(artefact, handoff):
         lambda state: state.move(0, "inverting"),
         lambda state: state.move(0, "inverting", pool=artefact, inversion_s=1.5),
         lambda state: state.move(0, "failed", error="SiteError"),
-        lambda state: state.move(0, "inverting"),
+        lambda state: state.move(0, "auditing"),
+        lambda state: state.keep_audit(0, audited) if state.audited(state.stage(0)) is None else None,
         lambda state: state.move(0, "released"),
         lambda state: state.skip("ct-site"),
         lambda state: state.move(1, "skipped"),
     ]
 
 
-@pytest.mark.parametrize("at", range(11))
+@pytest.mark.parametrize("at", range(12))
 def test_killed_between_state_and_ledger_every_entry_is_there_once(tmp_path, monkeypatch, at):
-    artefact = Artefact(sha256="a" * 64, size_bytes=1)
-    handoff = hand_off(ArtefactStore(tmp_path / "store"))
+    store = ArtefactStore(tmp_path / "store")
+    artefact, handoff = store.put(pool_to_bytes(np.zeros((3, 1, 4, 4), np.uint8))), hand_off(store)
+    audited = audited_of(PLAN, release_of(store, artefact, (1,)))
     real = state_module.write_ledger
 
     def dies(*arguments):
         raise Killed
 
-    for number, step in enumerate(steps(artefact, handoff)):
+    for number, step in enumerate(steps(artefact, handoff, audited)):
         state = RunState(tmp_path / "state.db", PLAN)
         if number == at:
             monkeypatch.setattr(state_module, "write_ledger", dies)
@@ -212,9 +238,9 @@ def test_killed_between_state_and_ledger_every_entry_is_there_once(tmp_path, mon
     RunState(tmp_path / "state.db", PLAN).write_ledger()
     found = [*records(tmp_path / "ledger.jsonl")]
     assert verify(tmp_path / "ledger.jsonl").name == "ledger of run tiny"
-    assert [r["entry"] for r in found] == list(range(1, 13))
+    assert [r["entry"] for r in found] == list(range(1, 14))
     assert [(r["stage"], r["state"]) for r in found if r["kind"] == "stage"] == [
-        *((0, s) for s in ("visiting", "received", "inverting", "failed", "inverting", "released")),
+        *((0, s) for s in ("visiting", "received", "inverting", "failed", "auditing", "released")),
         (1, "skipped"),
     ]
 
@@ -274,10 +300,11 @@ def test_orders_and_refusals_are_in_the_ledger(finished, tmp_path):
     verify(out / "ledger.jsonl", [load_signing_key(tmp_path / "c" / "pki" / "coordinator.pem").public_key()])
 
 
-def test_a_refused_report_is_in_the_ledger_with_its_digest(tmp_path):
+def test_a_refused_report_is_in_the_ledger_with_its_digest(tmp_path, monkeypatch):
     from tests.federation.test_relay import run as run_relay
     from tests.federation.test_relay import spoiling, with_nan
 
+    lift_guard(monkeypatch)
     plan = tiny_plan(("xray",))
     with pytest.raises(WeightsError):
         run_relay(plan, tmp_path, visit=spoiling(with_nan))
@@ -359,7 +386,7 @@ def test_what_can_not_be_journalled_does_not_leave(home, store, content):
         journal.mkdir()  # as a full disk or a lack of permission
     else:
         journal.write_bytes(content)
-    error = "IsADirectoryError" if content is None else "ChainError"
+    error = "OSError" if content is None else "ChainError"
     status = Request("status", {"hop": handoff.hop})
     for request in (Request("hello"), status, Request("get", {}), Request("purge", {"keep": ""})):
         assert answer(request, home, nothing).fields == {"error": error}

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.federation.loopback import LoopbackCourier
+from tests.federation.loopback import LoopbackCourier, lift_guard
 from tests.federation.plans import tiny_plan
 
 from invcoss_common.artefacts import ArtefactStore
@@ -51,7 +51,7 @@ def test_a_run_leaves_models_pools_matrix_and_report(finished):
     assert (out / "model.safetensors").read_bytes() == (out / "models" / "stage-02-pathology.safetensors").read_bytes()
     assert (out / "report.html").stat().st_size > 10_000
     events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
-    assert [events.count(kind) for kind in ("stage", "hop", "released")] == [3, 6, 3]
+    assert [events.count(kind) for kind in ("stage", "hop", "audited", "released")] == [3, 9, 3, 3]
 
 
 def test_a_site_keeps_the_artefacts_of_its_last_hop_only(finished):
@@ -59,7 +59,7 @@ def test_a_site_keeps_the_artefacts_of_its_last_hop_only(finished):
     state = RunState(out / "state.db", plan)
     for hop in state.hops():
         kept = {path.name for path in (out / "sites" / hop.site / "spool" / "artefacts").iterdir()}
-        last = max((h for h in state.hops() if h.site == hop.site), key=lambda h: h.stage)
+        last = max((h for h in state.hops() if h.site == hop.site), key=lambda h: state.hand_off(h.hop).sequence)
         asked, made = state.hand_off(last.hop), last.report
         assert kept == {artefact.sha256 for artefact in (*asked.artefacts, *made.artefacts)}
 
@@ -125,8 +125,9 @@ def test_bfloat16_is_deterministic_and_compression_changes_no_bit(rounded, tmp_p
         assert less < 0.8 * more
 
 
-def test_a_model_in_a_type_that_was_not_agreed_on_is_refused(tmp_path):
+def test_a_model_in_a_type_that_was_not_agreed_on_is_refused(tmp_path, monkeypatch):
     """Half the values in twice the width have the size of the right file, so it is looked into."""
+    lift_guard(monkeypatch)
 
     def widened(data, handoff):
         return data if handoff.wire_dtype == "float32" else half_as_float32(data)
@@ -170,7 +171,7 @@ def test_a_coordinator_killed_at_any_message_goes_on_and_ends_the_same(finished,
         relay(plan, courier, tmp_path, synthesise_here)
     relay(plan, courier, tmp_path, synthesise_here)
     assert sha256_file(tmp_path / "model.safetensors") == sha256_file(out / "model.safetensors")
-    assert courier.calls.count(("xray-site", "start")) <= 4  # three hops, one of them asked for twice at most
+    assert courier.calls.count(("xray-site", "start")) <= 5  # four hops, one of them asked for twice at most
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -247,7 +248,8 @@ def with_nan(data, handoff):
         (lambda data, handoff: data * 2, ProtocolError, "bytes"),
     ],
 )
-def test_what_a_site_returns_is_checked_before_it_is_used(tmp_path, change, error, says):
+def test_what_a_site_returns_is_checked_before_it_is_used(tmp_path, monkeypatch, change, error, says):
+    lift_guard(monkeypatch)
     plan = tiny_plan(("xray",))
     with pytest.raises(error, match=says) as caught:
         run(plan, tmp_path, visit=spoiling(change))
@@ -257,7 +259,9 @@ def test_what_a_site_returns_is_checked_before_it_is_used(tmp_path, change, erro
     assert state.stage(0).model is None
 
 
-def test_a_metric_that_was_not_asked_for_is_refused(tmp_path):
+def test_a_metric_that_was_not_asked_for_is_refused(tmp_path, monkeypatch):
+    lift_guard(monkeypatch)
+
     def talkative(handoff, home, on_status):
         report = visit(handoff, home, on_status)
         return report.model_copy(update={"metrics": report.metrics | {"patients": 7.0}})

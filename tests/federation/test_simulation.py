@@ -80,6 +80,7 @@ def test_over_flower_the_model_is_the_same_as_over_the_loopback(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {(loss["after_stage"], loss["of_stage"]) for loss in result["losses"]} == {(0, 0), (1, 0), (1, 1)}
+    assert [(audit["stage"], audit["dropped"]) for audit in result["audits"]] == [(0, []), (1, [])]
     for name in ("model", "models/stage-00-xray", "pools/stage-00-xray", "pools/stage-01-ct"):
         file = f"{name}.safetensors"
         assert sha256_file(out / file) == sha256_file(tmp_path / "loopback" / file), name

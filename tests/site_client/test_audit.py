@@ -148,7 +148,8 @@ def test_progress_counts_every_image_once():
         QUICK.model_copy(update={"batch": 4}),
         lambda done, of: seen.append((done, of)),
     )
-    assert seen[-1] == (24, 24) and seen == sorted(seen) and all(of == 24 for _, of in seen)
+    steps = 5 + 6 + 2 * 19
+    assert seen[-1] == (steps, steps) and seen == sorted(set(seen)) and all(of == steps for _, of in seen)
 
 
 def test_the_summary_is_json_and_tells_no_single_images_scores(known):
@@ -157,13 +158,52 @@ def test_the_summary_is_json_and_tells_no_single_images_scores(known):
     assert "items" not in summary and len(summary["kept"]) == 4 and summary["heldout_images"] == 39
 
 
+@pytest.mark.parametrize(("heldout", "rate"), [(1, 1 / 2), (2, 1 / 3), (18, 1 / 19), (19, 1 / 20), (39, 2 / 40)])
+def test_the_fewer_images_are_held_out_the_stricter_the_threshold(heldout, rate):
+    train, unseen = strangers(20, FLAT, 2), strangers(39, FLAT, 3)
+    known = calibrate(train, unseen[:heldout], MODEL, FLAT, QUICK)
+    assert known.false_positive_rate == pytest.approx(rate)
+    scores = sorted(item.score for item in known.null)
+    assert known.threshold == scores[1 if heldout == 39 else 0]  # the nearest held-out image, of 39 the second
+    pool = strangers(6, FLAT, 4)
+    pool[1] = train[7]
+    audit = audit_against(pool, known)
+    assert audit.flagged[1] and audit.copies == 1 and not audit.refused
+    assert audit.refuse_share == pytest.approx(max(0.1, 2 * rate))
+    assert all(np.isfinite([audit.threshold, audit.median_ratio, audit.null_median_ratio]))
+
+
+def test_innocent_images_are_dropped_at_the_rate_that_is_told_for_few_held_out_ones():
+    """With 3 held-out images a quarter, here over 8 sites, and such pools are not refused for it."""
+    audits, small = [], Geometry(channels=1, size=(16, 16), patch=(8, 8))
+    for seed in range(8):
+        audits.append(audited(*(strangers(n, small, 100 * seed + n) for n in (40, 20, 3)), small))
+    assert {audit.false_positive_rate for audit in audits} == {0.25}
+    assert 0.1 < np.mean([audit.beyond.value for audit in audits]) < 0.4
+    assert sum(audit.refused for audit in audits) <= 1
+
+
+def test_a_pool_of_which_nothing_is_left_is_refused():
+    train = strangers(20, FLAT, 5)
+    audit = audited(train[:3], train, strangers(2, FLAT, 6))
+    assert audit.beyond.low < audit.refuse_share and audit.copies == 3
+    assert audit.refused and not any(audit.kept)
+
+
 def test_too_few_images_are_an_error_that_says_how_many_are_needed(known):
-    with pytest.raises(DataError, match=r"18 held-out.*needs 19"):
-        audited(strangers(2, FLAT, 1), strangers(5, FLAT, 2), strangers(18, FLAT, 3))
+    with pytest.raises(DataError, match=r"0 held-out and 5 training .* needs 1 and 2"):
+        audited(strangers(2, FLAT, 1), strangers(5, FLAT, 2), strangers(1, FLAT, 3)[:0])
+    with pytest.raises(DataError, match="1 training"):
+        audited(strangers(2, FLAT, 1), strangers(1, FLAT, 2), strangers(3, FLAT, 3))
     with pytest.raises(DataError, match="no image"):
         audit_against(strangers(1, FLAT, 1)[:0], known[1])
-    with pytest.raises(DataError, match="two held-out"):
-        membership(strangers(5, FLAT, 1), strangers(1, FLAT, 2))
+    with pytest.raises(DataError, match="a held-out image"):
+        membership(strangers(5, FLAT, 1), strangers(1, FLAT, 2)[:0])
+
+
+def test_membership_by_one_held_out_image_tells_nothing_for_sure():
+    auc = membership(strangers(5, FLAT, 1), strangers(1, FLAT, 2)).auc
+    assert 0 <= auc.value <= 1 and (auc.low, auc.high) == (0, 1)
 
 
 def membership(train, heldout):

@@ -25,7 +25,7 @@ from invcoss_site.home import load_home
 
 LET_IN = {"/v1/fleet/activate-node": flower(400, 2003, "Invalid heartbeat interval.")}
 NAMES = ("settings", "enrolment", "proxy", "DNS", "TCP", "TLS", "clock", "authentication")
-OTHERS = ("disk", "memory", "GPU", "data", "software", "service")
+OTHERS = ("disk", "memory", "GPU", "data", "policy", "software", "service")
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from invcoss_common.errors import DataError, UnreadableFile
 from invcoss_common.modality import MODALITIES, Modality
-from invcoss_site.ingest import read_image, suffixes
-from invcoss_site.ingest.values import resample
+from invcoss_site.ingest import read_samples, suffixes
+from invcoss_site.ingest.sample import KINDS
+from invcoss_site.ingest.values import model_values, resample
 
 XRAY, PATHOLOGY, CT, MRI = (MODALITIES[name] for name in ("xray", "pathology", "ct", "mri"))
 RANDOM = np.random.default_rng(0)
@@ -21,7 +22,15 @@ COLOUR = RANDOM.integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
 def read(path, modality=XRAY, spacing_mm=None):
-    return read_image(path, modality, spacing_mm)
+    (sample,) = read_samples([path], modality)
+    return model_values(sample, modality, spacing_mm)
+
+
+def noted(path, modality=XRAY):
+    (sample,) = read_samples([path], modality)
+    for one in sample.warnings:
+        assert str(path) in one.reason
+    return [one.kind for one in sample.warnings]
 
 
 def saved(path, pixels, **options):
@@ -75,6 +84,28 @@ def test_a_grey_tile_is_repeated_where_colour_is_expected(tmp_path):
     values = read(saved(tmp_path / "a.png", GREY), PATHOLOGY)
     assert values.shape == (3, 40, 50)
     assert np.array_equal(values[0], values[2])
+    saved(tmp_path / "rgb.png", np.dstack([GREY] * 3))
+    saved(tmp_path / "colour.png", COLOUR)
+    kinds = [noted(tmp_path / name, PATHOLOGY) for name in ("a.png", "rgb.png", "colour.png")]
+    assert kinds == [["grey"], ["grey"], []]
+
+
+def chest(height=96, width=96):
+    """A film: dark beside the body and in the lungs, bright elsewhere."""
+    film = np.full((height, width), 150, np.uint8)
+    film[: height // 6, : width // 6] = film[: height // 6, -width // 6 :] = 5
+    film[height // 4 : 3 * height // 4, width // 6 : 2 * width // 5] = 50
+    film[height // 4 : 3 * height // 4, 3 * width // 5 : 5 * width // 6] = 50
+    return film
+
+
+def test_a_film_with_black_and_white_exchanged_is_warned_of(tmp_path):
+    assert noted(saved(tmp_path / "a.png", chest())) == []
+    assert noted(saved(tmp_path / "b.png", 255 - chest())) == ["inverted"]
+
+
+def test_a_very_long_picture_is_warned_of(tmp_path):
+    assert noted(saved(tmp_path / "a.png", np.tile(GREY, (1, 3)))) == ["shape"]
 
 
 def test_the_exif_rotation_is_applied(tmp_path):
@@ -98,6 +129,28 @@ def test_a_volume_is_turned_by_its_affine(tmp_path):
     permuted = np.array([[0.0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # file axes are y, z, x
     turned = read(nifti(tmp_path / "perm.nii.gz", values.transpose(1, 2, 0).copy(), permuted), MRI)
     assert np.array_equal(straight, turned)
+    axes = [read_samples([tmp_path / name], MRI)[0].axes for name in ("ras.nii.gz", "las.nii.gz", "perm.nii.gz")]
+    assert axes == ["RAS", "LAS", "ASR"]
+
+
+def test_a_sheared_affine_is_straightened(tmp_path):
+    values = np.repeat(np.arange(12, dtype=np.float32)[None, :, None], 8, axis=0).repeat(10, axis=2)  # y tells itself
+    sheared = np.array(
+        [[1.0, 0, 0, 0], [0, 1, 0.5, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    )  # each slice half a mm further back
+    (sample,) = read_samples([nifti(tmp_path / "a.nii", values, sheared)], MRI)
+    assert [one.kind for one in sample.warnings] == ["tilt"]
+    assert sample.pixels.shape == (1, 10, 17, 8)
+    world = np.arange(17)[::-1]  # mm to the front, of each row
+    expected = [np.clip(world - 0.5 * z, 0, 11) for z in range(10)]
+    np.testing.assert_allclose(sample.pixels[0, :, :, 4], expected, atol=1e-4)
+
+
+def test_ct_without_air_is_warned_of(tmp_path):
+    inside = np.linspace(-100, 300, 512).reshape(8, 8, 8)
+    assert noted(nifti(tmp_path / "a.nii", inside), CT) == ["units"]
+    inside[0] = -900
+    assert noted(nifti(tmp_path / "b.nii", inside), CT) == []
 
 
 def test_ct_windows_hounsfield_units(tmp_path):
@@ -147,7 +200,7 @@ def bad_pictures(folder):
     return {
         "truncated.jpg": "incomplete or damaged",
         "zero.png": "empty",
-        "text.png": "not a PNG, JPEG or TIFF",
+        "text.png": r"not a PNG, JPEG or TIFF picture \(looks like text\)",
         "tiny.png": "8 x 8 pixels is too small",
         "constant.png": "constant image",
         "pages.tif": "2 pages",
@@ -168,6 +221,7 @@ def bad_volumes(folder):
     holes = noise.astype(np.float32)
     holes[0, 0, :5] = np.nan
     nifti(folder / "nan.nii.gz", holes)
+    nifti(folder / "all-nan.nii.gz", holes * np.nan)
     nifti(folder / "nothing.nii.gz", np.zeros((20, 20, 20), np.int16))
     nifti(folder / "four.nii.gz", RANDOM.random((10, 10, 10, 4)).astype(np.float32))
     nifti(folder / "slice.nii.gz", RANDOM.random((20, 20, 1)).astype(np.float32))
@@ -189,11 +243,12 @@ def bad_volumes(folder):
     (folder / "claims.nii.gz").write_bytes(gzip.compress(header.binaryblock + b"\0" * 1004))
     return {
         "truncated.nii.gz": "incomplete or damaged",
-        "short.nii": "incomplete",
-        "png.nii.gz": "not a NIfTI",
-        "text.nii.gz": "not a NIfTI",
+        "short.nii": "expected 32,000 bytes of voxels, found 9,000",
+        "png.nii.gz": r"not a NIfTI file \(looks like PNG\)",
+        "text.nii.gz": r"not a NIfTI file \(looks like packed text\)",
         "zero.nii.gz": "empty",
         "nan.nii.gz": "5 of 8000 values",
+        "all-nan.nii.gz": "no usable voxel",
         "nothing.nii.gz": "constant",
         "four.nii.gz": "4-D",
         "slice.nii.gz": "too thin",
@@ -209,6 +264,7 @@ def test_what_must_not_be_trained_on_is_refused_by_name_and_reason(tmp_path, mak
     for name, reason in make(tmp_path).items():
         with pytest.raises(UnreadableFile, match=reason) as caught:
             read(tmp_path / name, modality)
+        assert caught.value.kind in KINDS
         text = str(caught.value)
         assert name in text
         assert "\n" not in text, name

@@ -1,11 +1,13 @@
-"""The pinned launcher: which bundles and tasks a site refuses, and that Flower still has the two names it replaces."""
+"""The pinned launcher: which bundles and tasks a site refuses, and that Flower still has the names it replaces."""
 
 import inspect
 import io
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+from contextlib import suppress
 
 import flwr.supernode.runtime.run_clientapp as runtime
 import pytest
@@ -14,7 +16,7 @@ from flwr.clientapp import ClientApp
 from invcoss_common.bundle import FEDERATION, MAX_BYTES, bundle_text, check_bundle
 from invcoss_common.errors import BundleRefused
 from invcoss_common.supervise import FLOWER_TASKS, launcher_folder
-from invcoss_site.launch import check_only, load_installed
+from invcoss_site.launch import APP_FAILED, check_only, load_installed, missing_names, plain_error
 
 
 def bundle(text=FEDERATION, **others):
@@ -30,6 +32,9 @@ def test_flower_still_has_what_the_launcher_replaces_and_calls_it_so():
     assert "install_from_fab(fab.content, skip_prompt=True)" in source
     assert "load_client_app_fn = get_load_client_app_fn(" in source
     assert "run.fab_id, run.fab_version, fab.hash_str" in source
+    assert "Message(Error(code=e_code, reason=reason), reply_to=message)" in source
+    assert source.count("reply_message = ") == 3, "None, the app's answer, and that error; nothing else is sent"
+    assert missing_names() == []
 
 
 def test_flowers_own_bundle_of_our_text_is_accepted(tmp_path):
@@ -61,6 +66,35 @@ def test_any_other_bundle_is_refused(data, words):
         check_only(data, skip_prompt=True)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_bundle_that_unpacks_to_more_than_it_says_is_refused_before_it_does(method):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("pyproject.toml", bytes(32 << 20), method, 9)
+    size = len(FEDERATION).to_bytes(4, "little")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleRefused):
+            check_bundle(data.getvalue().replace((32 << 20).to_bytes(4, "little"), size))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_whatever_is_damaged_in_a_bundle_it_is_refused_or_the_same(method):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        archive.writestr("pyproject.toml", FEDERATION)
+    whole = data.getvalue()
+    for at in range(len(whole)):
+        for changed in (whole[:at], whole[:at] + whole[at + 1 :], whole[:at] + b"\xff" + whole[at + 1 :]):
+            with suppress(BundleRefused):
+                check_bundle(changed)
+                with zipfile.ZipFile(io.BytesIO(changed)) as archive:
+                    assert archive.read("pyproject.toml").decode() == FEDERATION
+
+
 def test_the_installed_app_answers_whatever_the_bundle_names():
     load = load_installed(default_app_ref="", app_path=None, multi_app=True)
     assert isinstance(load("somebody/else", "9.9.9", "0" * 64), ClientApp)
@@ -71,6 +105,29 @@ def test_an_app_that_cannot_be_loaded_tells_the_coordinator_nothing(monkeypatch,
     with pytest.raises(RuntimeError, match=r"^the site's software can't be loaded$"):
         load_installed()("", "", "")
     assert "invcoss_site.app" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file", "/images/MEIER-ANNA/0001.dcm"),
+        RuntimeError("the app bundle of MEIER-ANNA"),
+        BundleRefused("the app bundle lies in /images/MEIER-ANNA"),
+        BundleRefused("MEIER-ANNA"),
+        None,
+    ],
+)
+def test_what_goes_wrong_around_the_app_is_not_told(error):
+    told = plain_error(2, None if error is None else f"{type(error)}:<'{error}'>")
+    assert (told.code, told.reason) == (2, APP_FAILED)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK" + bytes(2 * MAX_BYTES), bundle(LICENSE=""), bundle("no toml [")])
+def test_why_a_bundle_is_refused_is_told(data):
+    with pytest.raises(BundleRefused) as refused:
+        check_only(data)
+    reason = f"{type(refused.value)}:<'{refused.value}'>"
+    assert plain_error(2, reason).reason == reason
 
 
 @pytest.mark.parametrize(

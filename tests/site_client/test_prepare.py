@@ -6,6 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from tests.site_client.dicoms import save_series
+from tests.site_client.test_ingest_slide import drawn, write_slide
 
 from invcoss_common.errors import DataError
 from invcoss_common.modality import MODALITIES, Geometry
@@ -103,7 +105,7 @@ def test_a_damaged_file_costs_that_file_and_is_named(tmp_path):
 def test_the_cache_is_used_until_a_file_changes(tmp_path, monkeypatch):
     data = folder_of_pictures(tmp_path / "data")
     first = np.array(ready(data, tmp_path / "cache").train)
-    monkeypatch.setattr("invcoss_site.prepare.read_image", None)  # a call would fail
+    monkeypatch.setattr("invcoss_site.prepare.read_samples", None)  # a call would fail
     assert np.array_equal(ready(data, tmp_path / "cache").train, first)
     monkeypatch.undo()
     picture(data / "0.png", seed=77)
@@ -120,6 +122,35 @@ def test_a_cache_that_was_not_finished_is_made_again(tmp_path):
     assert np.array_equal(ready(data, tmp_path / "cache").train, first)
 
 
+def test_every_training_image_has_its_case_by_number(tmp_path):
+    data = tmp_path / "data"
+    lines = ["file,case,split"]
+    for number, case in enumerate(["ann", "bob", "eve", "bob", "joe", "ann"]):
+        picture(data / f"{number}.png", number)
+        lines.append(f"{number}.png,{case},{'test' if case == 'eve' else 'train'}")
+    (data / "labels.csv").write_text("\n".join(lines))
+    (data / "4.png").write_bytes(b"no picture")
+    images = ready(data, tmp_path / "cache")
+    assert images.case_of.tolist() == [0, 1, 1, 0], "in the order of the images; joe has none"
+    assert images.train_cases == 2
+    again = ready(data, tmp_path / "cache")
+    assert again.case_of.tolist() == [0, 1, 1, 0] and again.key == images.key
+    picture(data / "0.png", 9)
+    os.utime(data / "0.png", (1, 1))
+    assert ready(data, tmp_path / "cache").key != images.key
+
+
+def test_sub_volumes_of_a_case_have_one_number(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        values = np.random.default_rng(number).normal(0, 300, (32, 32, 16)).astype(np.int16)
+        nib.save(nib.Nifti1Image(values, np.diag([2.0, 2.0, 4.0, 1.0])), data / f"{number}.nii.gz")
+    (data / "labels.csv").write_text("file,split\n0.nii.gz,train\n1.nii.gz,train\n2.nii.gz,test\n")
+    images = ready(data, tmp_path / "cache", "ct", VOLUME, (4.0, 4.0, 4.0))
+    assert images.case_of.tolist() == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(("train", "test"), [(1, 0), (1, 1), (2, 0)])
 def test_too_few_images_are_a_data_error_that_says_what_is_needed(tmp_path, train, test):
     data = folder_of_pictures(tmp_path / "data", train, test)
@@ -132,3 +163,33 @@ def test_a_folder_with_one_image_and_no_index(tmp_path):
     picture(tmp_path / "data" / "only.png")
     with pytest.raises(DataError, match="at least 2 and 1"):
         ready(tmp_path / "data", tmp_path / "cache", index=())
+
+
+def test_a_series_of_slices_is_one_image_and_its_oddities_are_kept(tmp_path):
+    volume = np.random.default_rng(0).integers(0, 2000, (6, 16, 16)).astype(np.uint16)
+    for number in range(4):
+        save_series(tmp_path / "data" / str(number), volume, series=f"1.{number}", PatientID=f"p{number}")
+    extra = tmp_path / "data" / "3"
+    (extra / "copy.dcm").write_bytes((extra / "002.dcm").read_bytes())
+    (tmp_path / "data" / "2" / "003.dcm").unlink()
+    (tmp_path / "data" / "labels.csv").write_text("file,split\n0,train\n1,train\n2,train\n3,test\n")
+    first = ready(tmp_path / "data", tmp_path / "cache", "ct", VOLUME)
+    again = ready(tmp_path / "data", tmp_path / "cache", "ct", VOLUME)
+    for images in (first, again):
+        assert images.train.shape == (2, 1, 8, 16, 16)
+        assert [(one.path.parent.name, one.kind) for one in images.quarantined] == [("2", "gap")]
+        assert [(one.path.parent.name, one.kind) for one in images.warnings] == [("3", "duplicates")]
+        assert {name: count for name, (count, _) in images.axes.items()} == {"LPS": 3}
+    (extra / "copy.dcm").unlink()
+    assert ready(tmp_path / "data", tmp_path / "cache", "ct", VOLUME).warnings == (), "every slice counts for the cache"
+
+
+def test_the_tiles_of_a_slide_are_images_of_one_case(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in "abc":
+        write_slide(data / f"{name}.tif", drawn())
+    (data / "labels.csv").write_text("file,split\na.tif,train\nb.tif,train\nc.tif,test\n")
+    images = ready(data, tmp_path / "cache", "pathology", Geometry(channels=3, size=(32, 32), patch=(8, 8)))
+    assert (len(images.train), len(images.heldout), images.train_cases) == (20, 10, 2)
+    assert images.case_of.tolist() == [0] * 10 + [1] * 10

@@ -6,56 +6,67 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from invcoss_common.errors import UnreadableFile
-from invcoss_common.modality import Modality
-from invcoss_site.ingest.values import Values, unit_range
+from invcoss_site.ingest.sample import Pixels, Sample, looks_like, unreadable, warning
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 MIN_SIDE = 16  # pixels
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
+LONGEST = 3  # sides of a picture over which little of it is in the square that is used
 _WHITE_IS_ZERO = 0  # value of the TIFF tag PhotometricInterpretation
 
-
-def read_picture(path: Path, modality: Modality, spacing_mm: tuple[float, float, float] | None) -> Values:
-    """Picture as float32 (C, H, W) in [0, 1]; colour, palette and alpha become the modality's channels.
-
-    `spacing_mm` is for volumes; pixels have no size here. Raises UnreadableFile.
-    """
-    assert spacing_mm is None, "the plan refuses spacing_mm for 2-D modalities"
-    pixels = _decode(path, modality.channels)
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        height, width = pixels.shape[:2]
-        raise UnreadableFile(f"{path}: {width} x {height} pixels is too small, a side needs {MIN_SIDE}; remove it")
-    values = unit_range(path, pixels, modality)
-    if values.ndim == 2:
-        return np.repeat(values[None], modality.channels, axis=0)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, because threads share the filters
 
 
-def _decode(path: Path, channels: int) -> npt.NDArray[np.generic]:
+def read_picture(path: Path, channels: int) -> Sample:
+    """Picture as a sample (C, H, W); colour, palette and alpha become `channels`. Raises UnreadableFile."""
+    return picture(path, _decode(path, channels), channels)
+
+
+def picture(path: Path, pixels: Pixels, channels: int, full_range: tuple[float, float] | None = None) -> Sample:
+    """The sample of decoded pixels, grey (H, W) or (H, W, 3), in `channels`. Raises UnreadableFile if too small."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        text = f"{width} x {height} pixels is too small, a side needs {MIN_SIDE}; remove it"
+        raise unreadable(path, "too-small", text)
+    odd = []
+    if max(height, width) > LONGEST * min(height, width):
+        odd.append(warning(path, "shape", f"{width} x {height} pixels: only the square in its middle is used"))
+    if channels == 3 and (pixels.ndim == 2 or np.array_equal(pixels, pixels[..., :1].repeat(3, axis=2))):
+        odd.append(warning(path, "grey", "grey where colour is expected: repeated to three channels"))
+    if pixels.dtype == np.uint8:
+        full_range = full_range or (0.0, 255.0)
+    planes = np.repeat(pixels[None], channels, axis=0) if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return Sample(path, np.ascontiguousarray(planes), full_range, warnings=tuple(odd))
+
+
+def _decode(path: Path, channels: int) -> Pixels:
     """Pixels (H, W) of a grey or deep picture, or (H, W, 3), in the file's number type."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                white_is_zero = False
-                if isinstance(file, TiffImageFile):
-                    if file.n_frames > 1:
-                        raise UnreadableFile(f"{path}: {file.n_frames} pages in one file; save one picture a file")
-                    white_is_zero = file.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
-                image = ImageOps.exif_transpose(file)
+        with Image.open(path, formats=FORMATS) as file:
+            white_is_zero = False
+            if isinstance(file, TiffImageFile):
+                if file.n_frames > 1:
+                    text = f"{file.n_frames} pages in one file; save one picture a file"
+                    raise unreadable(path, "dimensions", text)
+                white_is_zero = file.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
+            image = ImageOps.exif_transpose(file)
     except UnreadableFile:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise UnreadableFile(f"{path}: claims more than {limit} million pixels; cut it into tiles") from None
+        text = f"claims more than {MAX_PIXELS // 10**6} million pixels; cut it into tiles"
+        raise unreadable(path, "too-large", text) from None
     except UnidentifiedImageError:
-        raise UnreadableFile(f"{path}: not a PNG, JPEG or TIFF picture, whatever its name says; remove it") from None
+        if "TIFF" in (like := looks_like(path)):
+            text = "a kind of TIFF that is not read; save it as 8-bit PNG"
+            raise unreadable(path, "not-supported", text) from None
+        text = f"not a PNG, JPEG or TIFF picture{like}, whatever its name says; remove it"
+        raise unreadable(path, "not-this-format", text) from None
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise UnreadableFile(f"{path}: incomplete or damaged picture ({error}); copy it again") from None
+        raise unreadable(path, "truncated", f"incomplete or damaged picture ({error}); copy it again") from None
     if image.mode.startswith(("I", "F")):  # more than 8 bits; Pillow leaves these as they are stored
         deep = np.asarray(image)
         return deep.max() - deep if white_is_zero else deep

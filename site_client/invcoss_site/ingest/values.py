@@ -1,8 +1,6 @@
-"""What every reader does to the numbers of an image: scale them to [0, 1], and resample without aliasing."""
+"""From a sample to what the model takes: values scaled to [0, 1], and volumes resampled without aliasing."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,40 +8,68 @@ import torch
 from monai.transforms import ScaleIntensityRange
 from torch.nn.functional import interpolate
 
-from invcoss_common.errors import UnreadableFile
 from invcoss_common.modality import Modality
+from invcoss_site.ingest.sample import Pixels, Sample, unreadable
 
 Values = npt.NDArray[np.float32]
 
+MAX_VOXELS = 1 << 29  # 2 GiB as float32
 
-def unit_range(path: Path, raw: npt.NDArray[np.generic], modality: Modality) -> Values:
-    """`raw` (any shape, number type of the file) scaled to float32 in [0, 1] as the modality's row says.
+
+def model_values(sample: Sample, modality: Modality, spacing_mm: tuple[float, float, float] | None = None) -> Values:
+    """The sample as float32 (C, *spatial) in [0, 1]; a volume at `spacing_mm` (D, H, W) if that is given.
+
+    Raises UnreadableFile.
+    """
+    values = unit_range(sample, modality)
+    if spacing_mm is None:
+        return values
+    assert sample.spacing_mm is not None, "the plan refuses spacing_mm for 2-D modalities"
+    found = zip(values.shape[1:], sample.spacing_mm, spacing_mm, strict=True)
+    size = tuple(max(1, round(n * mm / to)) for n, mm, to in found)
+    if np.prod(size, dtype=float) > MAX_VOXELS:
+        text = f"would have {size} voxels at {spacing_mm} mm; check its spacing"
+        raise unreadable(sample.path, "spacing", text)
+    return resample(values, size)
+
+
+def unit_range(sample: Sample, modality: Modality) -> Values:
+    """The sample's pixels (any shape) scaled to float32 in [0, 1] as the modality's row says.
 
     Raises UnreadableFile for values that aren't finite, a constant image, or one that lies outside the window.
     """
-    if not np.isfinite(raw).all():
-        bad = raw.size - int(np.isfinite(raw).sum())
-        raise UnreadableFile(f"{path}: {bad} of {raw.size} values are not numbers (NaN or infinite); export it again")
+    path, raw = sample.path, sample.pixels
+    finite = int(np.isfinite(raw).sum())
+    if not finite:
+        raise unreadable(path, "not-finite", "no usable voxel, every value is NaN or infinite; export it again")
+    if finite < raw.size:
+        text = f"{raw.size - finite} of {raw.size} values are not numbers (NaN or infinite); export it again"
+        raise unreadable(path, "not-finite", text)
     lowest, highest = float(raw.min()), float(raw.max())
     if lowest == highest:
-        raise UnreadableFile(f"{path}: constant image, every value is {lowest:g}; remove it")
-    low, high = _bounds(raw, modality)
+        raise unreadable(path, "constant", f"constant image, every value is {lowest:g}; remove it")
+    low, high = _bounds(sample, modality)
     if lowest >= 0 > low:
-        raise UnreadableFile(
-            f"{path}: no value below 0, but the window starts at {low:g}: probably stored with an offset; "
-            "export it with its rescale slope and intercept applied"
+        raise unreadable(
+            path,
+            "units",
+            f"no value below 0, so no air near {low:g}: probably not Hounsfield units but stored with an offset; "
+            "export it with its rescale slope and intercept applied",
         )
     if lowest >= high or highest <= low or low == high:
-        raise UnreadableFile(
-            f"{path}: values {lowest:g} to {highest:g} are constant within {low:g} to {high:g}; "
-            "check that the file is of the stated modality"
+        raise unreadable(
+            path,
+            "constant",
+            f"values {lowest:g} to {highest:g} are constant within {low:g} to {high:g}; "
+            "check that the file is of the stated modality",
         )
     scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=np.float32)
     return np.ascontiguousarray(scale(raw.astype(np.float32)), dtype=np.float32)
 
 
-def _bounds(raw: npt.NDArray[np.generic], modality: Modality) -> tuple[float, float]:
-    """The values of `raw` that become 0 and 1."""
+def _bounds(sample: Sample, modality: Modality) -> tuple[float, float]:
+    """The values of the sample that become 0 and 1."""
+    raw: Pixels = sample.pixels
     match modality.normalisation:
         case "window":
             return modality.low, modality.high
@@ -51,8 +77,8 @@ def _bounds(raw: npt.NDArray[np.generic], modality: Modality) -> tuple[float, fl
             low, high = np.percentile(raw[raw != 0], (modality.low, modality.high))
             return float(low), float(high)
         case "range":
-            # 12-bit data sit in 16-bit containers, so only 8-bit files are known to use their type's full range.
-            return (0.0, 255.0) if raw.dtype == np.uint8 else (float(raw.min()), float(raw.max()))
+            # 12-bit data sit in 16-bit containers, so a range wider than 8 bits is known only if the file tells.
+            return sample.full_range or (float(raw.min()), float(raw.max()))
 
 
 def resample(values: Values, size: tuple[int, ...]) -> Values:
