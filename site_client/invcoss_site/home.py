@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from invcoss_common.artefacts import ArtefactStore
-from invcoss_common.canonical import write_atomic
-from invcoss_common.config import Name
+from invcoss_common.canonical import one_line, write_atomic
+from invcoss_common.config import Name, read_toml
 from invcoss_common.errors import DataError
 
 
@@ -108,13 +107,10 @@ def load_home(root: Path) -> SiteHome:
     """Read `site.toml` under `root`; raises DataError that names the file and the field."""
     path = root / "site.toml"
     try:
-        values = _SiteFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"{path}: can't read the site's settings ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a TOML file: {error}") from None
+        values = _SiteFile.model_validate(read_toml(path, "the site's settings", DataError))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise DataError(one_line(f"{path}: {field[:100]}: {first['msg'][:300]}", most=1000)) from None
     data = (root / values.data).resolve()
     return SiteHome(values.name, root.resolve(), data, values.index, values.transfer, values.processes, values.only)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from invcoss_common.canonical import sha256_file, write_atomic
-from invcoss_common.config import Name
+from invcoss_common.canonical import one_line, sha256_file, write_atomic
+from invcoss_common.config import Name, read_toml
 from invcoss_common.enrolment import SigningKey
 from invcoss_common.errors import DataError
 from invcoss_common.records import Digest
@@ -163,16 +162,13 @@ def load_policy(root: Path) -> SitePolicy:
     if not path.exists():
         return SitePolicy()
     try:
-        return SitePolicy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"{path}: can't read the site's policy ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a TOML file: {error}") from None
+        return SitePolicy.model_validate(read_toml(path, "the site's policy", DataError))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         unknown = first["type"] == "extra_forbidden"
         reason = "no such setting; check the spelling" if unknown else first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {reason}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise DataError(one_line(f"{path}: {field[:100]}: {reason[:300]}", most=1000)) from None
 
 
 def readable_policy(root: Path) -> SitePolicy | None:

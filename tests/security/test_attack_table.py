@@ -9,7 +9,7 @@ import pytest
 from tests.security.attack_table import BEGIN, DOCS, END, as_markdown
 from tests.security.attacked import AttackedCoordinator, AttackedSite, make_worlds
 from tests.security.attacks_on_coordinator import ON_COORDINATOR
-from tests.security.attacks_on_site import LAUNCHER, ON_SITE, WORKER
+from tests.security.attacks_on_site import LAUNCHER, ON_SITE, WORKER, pool_of
 
 from invcoss_common.chain import verify
 from invcoss_common.errors import BundleRefused, InvcossError, SiteError
@@ -86,8 +86,6 @@ def test_the_hand_offs_that_are_altered_are_good_ones(worlds, tmp_path, kind):
 
 
 def test_a_site_audits_another_pool_of_its_own_model_within_its_limit_and_the_same_again(worlds, tmp_path):
-    from tests.security.attacks_on_site import pool_of
-
     site = AttackedSite(worlds, tmp_path)
     for seed in (0, 1, 0, 1):  # with that of the run they are three
         handoff = site.with_pool(pool_of(site, seed), "audit")

@@ -1,11 +1,13 @@
 """The command line: every mistake a user can make is one line on stderr with its own exit code, never a traceback."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from invcoss_common.config import load_plan
@@ -85,6 +87,23 @@ def test_check_data_says_what_is_used_and_what_is_not(tmp_path):
         "invcoss_site", "check-data", tmp_path / "a", "--modality", "xray", "--index", "labels.csv", "--json"
     )
     assert '"images": {"train": 8, "heldout": 2, "train_cases": 8, "heldout_cases": 2}' in out
+
+
+def test_check_data_names_what_is_odd_and_a_pattern_chooses(tmp_path):
+    assert run("invcoss_site", "phantoms", tmp_path, "--modality", "mri", "--cases", 10)[0] == 0
+    (tmp_path / "broken.nii.gz").write_bytes(b"\x1f\x8b")
+    status, out, _ = run("invcoss_site", "check-data", tmp_path, "--modality", "mri", "--only", "mri-*")
+    assert status == 0
+    assert "not used: 0" in out
+    assert f"RAS: 10, first {tmp_path / 'mri-0000.nii.gz'}" in out
+    assert run("invcoss_site", "phantoms", tmp_path / "x", "--modality", "xray", "--cases", 10)[0] == 0
+    with Image.open(tmp_path / "x" / "xray-0000.png") as film:
+        film.crop((0, 0, 160, 40)).save(tmp_path / "x" / "long.png")
+    status, out, _ = run("invcoss_site", "check-data", tmp_path / "x", "--modality", "xray")
+    assert "used, but look at them: 1" in out
+    assert "long.png: 160 x 40 pixels" in out
+    status, out, _ = run("invcoss_site", "check-data", tmp_path / "x", "--modality", "xray", "--json")
+    assert len(json.loads(out)["warnings"]) == 1
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "one"])

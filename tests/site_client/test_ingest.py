@@ -217,6 +217,7 @@ def bad_volumes(folder):
     saved(folder / "picture.png", GREY)
     (folder / "png.nii.gz").write_bytes((folder / "picture.png").read_bytes())
     (folder / "text.nii.gz").write_bytes(gzip.compress(b"hello"))
+    (folder / "packed.nii.gz").write_bytes(b"\x1f\x8b\x08" + b"\xee" * 500)
     (folder / "zero.nii.gz").write_bytes(b"")
     holes = noise.astype(np.float32)
     holes[0, 0, :5] = np.nan
@@ -246,6 +247,7 @@ def bad_volumes(folder):
         "short.nii": "expected 32,000 bytes of voxels, found 9,000",
         "png.nii.gz": r"not a NIfTI file \(looks like PNG\)",
         "text.nii.gz": r"not a NIfTI file \(looks like packed text\)",
+        "packed.nii.gz": r"not a NIfTI file \(looks like gzip\)",
         "zero.nii.gz": "empty",
         "nan.nii.gz": "5 of 8000 values",
         "all-nan.nii.gz": "no usable voxel",

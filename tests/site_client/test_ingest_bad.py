@@ -97,6 +97,7 @@ def test_volumes(tmp_path):
         "short.nii": "truncated",
         "png.nii.gz": "not-this-format",
         "text.nii.gz": "not-this-format",
+        "packed.nii.gz": "not-this-format",
         "zero.nii.gz": "empty",
         "nan.nii.gz": "not-finite",
         "all-nan.nii.gz": "not-finite",

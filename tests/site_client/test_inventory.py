@@ -2,14 +2,18 @@
 
 import csv
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.site_client.dicoms import PATIENT, dataset, save, save_series
 
 from invcoss_common.errors import DataError
-from invcoss_common.modality import MODALITIES
+from invcoss_common.modality import MODALITIES, geometry_for
+from invcoss_site.home import load_home
 from invcoss_site.inventory import split_of, take_inventory
+from invcoss_site.visit import site_images
 
 XRAY, CT, MRI = (MODALITIES[name] for name in ("xray", "ct", "mri"))
 FILM = np.arange(1200, dtype=np.uint16).reshape(30, 40)
@@ -262,3 +266,14 @@ def test_masks_and_labels_of_an_index(tmp_path):
     assert len(take_inventory(tmp_path / "data", XRAY, ("labels.csv",)).items) == 4, (
         "labels are not needed to pre-train"
     )
+
+
+def test_the_pattern_in_the_sites_settings_holds_in_a_visit(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("a1.png", "a2.png", "a3.png", "b1.png", "b2.png")):
+        values = np.random.default_rng(number).integers(0, 255, (40, 40), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / "data" / name)
+    (tmp_path / "site.toml").write_text('name = "north"\ndata = "data"\nonly = ["a*"]\n')
+    task = SimpleNamespace(modality=XRAY, geometry=geometry_for(XRAY, "nano"), spacing_mm=None)
+    images = site_images(load_home(tmp_path), task, lambda status: None)
+    assert len(images.train) + len(images.heldout) == 3

@@ -116,8 +116,10 @@ def looks_like(path: Path) -> str:
         head = file.read(512)
     packed = head.startswith(b"\x1f\x8b")
     if packed:
-        with suppress(zlib.error):  # damaged
-            head = zlib.decompressobj(wbits=31).decompress(head, 512)
+        inside = b"\0"  # if it is damaged
+        with suppress(zlib.error):
+            inside = zlib.decompressobj(wbits=31).decompress(head, 512)
+        head = inside
     name = next((name for beginning, name in _BEGINNINGS.items() if head.startswith(beginning)), "")
     if head[128:132] == b"DICM":
         name = "DICOM"
@@ -125,4 +127,6 @@ def looks_like(path: Path) -> str:
         name = "NIfTI"
     if not name and b"\0" not in head:
         name = "text"
-    return f" (looks like {'packed ' if packed else ''}{name})" if name else ""
+    if packed:
+        name = f"packed {name}" if name else "gzip"
+    return f" (looks like {name})" if name else ""
