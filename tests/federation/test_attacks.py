@@ -40,7 +40,7 @@ from invcoss_common.bundle import FEDERATION
 from invcoss_common.canonical import sha256_file
 from invcoss_common.errors import CredentialError, ProtocolError
 from invcoss_common.keys import load_ec_key
-from invcoss_common.records import Response
+from invcoss_common.records import Report, Response, from_bytes, to_bytes
 from invcoss_common.supervise import flower_environment, free_port, program_path
 from invcoss_common.wire import decode_request, decode_response, encode_response
 from invcoss_server.flower_run import call_flower
@@ -614,8 +614,8 @@ def in_report(**changes):
     def change(request, response):
         if request.verb != "status" or not response.fields["report"]:
             return response
-        report = json.dumps(json.loads(response.fields["report"]) | changes)
-        return Response({**response.fields, "report": report})
+        report = from_bytes(Report, str(response.fields["report"]).encode()).model_copy(update=changes)
+        return Response({**response.fields, "report": to_bytes(report).decode()})
 
     return change
 
