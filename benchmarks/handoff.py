@@ -389,7 +389,7 @@ def accuracy_plan(seed: int, wire: dict[str, object]) -> Plan:
         seed=seed,
         train={"steps": 100, "batch_size": 16},
         inversion={"pool_size": 16, "steps": 20, "batch_size": 8, "width": 32, "images_per_generator": 16},
-        relay={"poll_s": 0.02, **wire},
+        relay={"poll_s": 0.02, "audit": False, **wire},
         simulation={f"{name}-site": {"phantoms": 40} for name in modalities},
     )
 

@@ -170,6 +170,11 @@ def direct_loopback() -> dict[str, str]:
     return {"no_proxy": direct, "NO_PROXY": direct}
 
 
+# Of glibc: a large block goes back to the system when it is freed. Flower cuts messages into pieces of 5 MB, which
+# would stay with the process. Not for those that compute, which would ask for each tensor anew.
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
+
+
 def flower_environment(flower_home: Path) -> dict[str, str]:
     """The environment of a Flower process: quiet, calling nobody, its files in `flower_home`."""
     bin_folder = Path(sys.executable).parent

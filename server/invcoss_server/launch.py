@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
 from invcoss_common.bundle import check_bundle
+from invcoss_common.supervise import LEAN
 
 runtime = import_module("flwr.superlink.runtime.run_serverapp")  # its package has a function of the same name
 _unpack: Callable[..., Path | None] = runtime.install_from_fab
@@ -29,6 +30,8 @@ def check_and_unpack(fab_content: bytes, *, skip_prompt: bool) -> Path | None:
 def main() -> None:
     """Run one task of SuperExec, with the coordinator's umask."""
     os.umask(0o077)
+    for name in LEAN:  # this process has it; the one that inverts must not
+        os.environ.pop(name, None)
     setattr(runtime, "install_from_fab", check_and_unpack)  # noqa: B010 - mypy knows no such name of a module
     flwr_serverapp()
 

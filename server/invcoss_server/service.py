@@ -24,6 +24,7 @@ from invcoss_common.canonical import write_atomic
 from invcoss_common.config import RelayConfig
 from invcoss_common.errors import InvcossError
 from invcoss_common.supervise import (
+    LEAN,
     Program,
     Supervisor,
     alone,
@@ -75,7 +76,7 @@ class Service:
         self.say = say
         self.flower = self.folder / "flower"
         self.port = free_port()
-        self.env = {**flower_environment(self.flower), CONSORTIUM: str(self.folder)}
+        self.env = {**flower_environment(self.flower), **LEAN, CONSORTIUM: str(self.folder)}
         self.attempts: dict[str, _Attempt] = {}
         self.trouble: dict[str, str] = {}
         self.due = 0.0

@@ -18,6 +18,7 @@ from typing import Literal
 
 from invcoss_common.canonical import write_atomic
 from invcoss_common.supervise import (
+    LEAN,
     Program,
     Supervisor,
     alone,
@@ -103,7 +104,7 @@ def _network(home: SiteHome, address: str) -> list[Program]:
     flower = home.root / "flower"
     secret = flower / "superexec.secret"
     write_atomic(secret, secrets.token_bytes(32))
-    env = flower_environment(flower)
+    env = flower_environment(flower) | LEAN
     port = free_port()
     supernode = (
         program_path("flower-supernode"),
