@@ -99,18 +99,18 @@ def statistics(edit: Callable[[dict[str, Tensor]], object]) -> Change:
 
 def first_with(value: float) -> Callable[[dict[str, Tensor]], None]:
     def edit(values: dict[str, Tensor]) -> None:
-        next(iter(values.values())).view(-1)[0] = value
+        values[min(values)].view(-1)[0] = value
 
     return edit
 
 
 def reshaped(values: dict[str, Tensor]) -> None:
-    name = next(name for name, tensor in values.items() if tensor.dim() == 2)
+    name = min(name for name, tensor in values.items() if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1])
     values[name] = values[name].T.contiguous()
 
 
 def as_double(values: dict[str, Tensor]) -> None:
-    name = next(iter(values))
+    name = min(values)
     values[name] = values[name].double()
 
 

@@ -183,18 +183,18 @@ def model_with(edit: Callable[[dict[str, Tensor]], object], **metadata: str) -> 
 
 def first_with(value: float) -> Callable[[dict[str, Tensor]], None]:
     def edit(tensors: dict[str, Tensor]) -> None:
-        next(iter(tensors.values())).view(-1)[0] = value
+        tensors[min(tensors)].view(-1)[0] = value
 
     return edit
 
 
 def reshaped(tensors: dict[str, Tensor]) -> None:
-    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    name = min(name for name, tensor in tensors.items() if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1])
     tensors[name] = tensors[name].T.contiguous()
 
 
 def as_double(tensors: dict[str, Tensor]) -> None:
-    name = next(iter(tensors))
+    name = min(tensors)
     tensors[name] = tensors[name].double()
 
 
@@ -380,7 +380,7 @@ ON_SITE = (
     OnSite("unknown kind of task", COORDINATOR, "`export`, signed", DESK, "ProtocolError", "HandOff.task.kind", with_value("kind", "export", "task")),
     OnSite("loss of a single image", COORDINATOR, "an evaluation of one held-out image", WORKER, "TooFewCases", "1 held-out cases", asked_under("[cases]\nmin_train = 1\nmin_heldout = 2\n", "evaluate", task={"evaluate": EvaluateConfig(max_images=1)})),
     OnSite("extra tensors in the model", COORDINATOR, "one more tensor", WORKER, "WeightsError", "that the model does not have", model_with(lambda t: t.update(more=torch.zeros(9)))),
-    OnSite("model with a missing tensor", COORDINATOR, "one tensor less", WORKER, "WeightsError", "is missing", model_with(lambda t: t.pop(next(iter(t))))),
+    OnSite("model with a missing tensor", COORDINATOR, "one tensor less", WORKER, "WeightsError", "is missing", model_with(lambda t: t.pop(min(t)))),
     OnSite("model of another shape", COORDINATOR, "a matrix transposed", WORKER, "WeightsError", "the model needs", model_with(reshaped)),
     OnSite("model of another type", COORDINATOR, "float64", WORKER, "WeightsError", "torch.float64; the model needs", model_with(as_double)),
     OnSite("NaN in the model", COORDINATOR, "one value", WORKER, "WeightsError", "NaN or infinite", model_with(first_with(float("nan")))),
