@@ -2,96 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from invcoss_common.chain import parse_head
 from invcoss_common.command import AsJson, run_command, service_says, tell
 from invcoss_common.errors import ChainError, DataError
-from invcoss_common.modality import MODALITIES, SizeName, geometry_for, lookup
+from invcoss_common.modality import MODALITIES
 from invcoss_common.verifier import Keys, KnownHead, Last, read_keys, show, tell_verified, verify_chain
-from invcoss_site.cli_policy import commands
+from invcoss_site.cli_data import commands as data_commands
+from invcoss_site.cli_policy import commands as policy_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Part = Literal["all", "agent", "network"]
 SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
 app.command()(verify_chain)
-app.add_typer(commands)
+app.add_typer(data_commands)
+app.add_typer(policy_commands)
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
-
-
-@app.command()
-def check_data(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder with the site's images")],
-    modality: ModalityName,
-    index: Annotated[
-        list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="pattern of the names to use, such as '*_T1w.nii.gz'")] = None,
-    size: Annotated[SizeName, typer.Option(help="size of model that the images are prepared for")] = "nano",
-    as_json: AsJson = False,
-) -> None:
-    """Read every image as a visit would, and say what will be used and what will not, and why."""
-    from invcoss_site.inventory import take_inventory  # here, because they need seconds to import
-    from invcoss_site.prepare import prepare
-
-    row = lookup(modality, MODALITIES)
-    inventory = take_inventory(folder, row, tuple(index or ()), tuple(only or ()))
-    with tempfile.TemporaryDirectory() as cache, Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading", total=len(inventory.items))
-        images = prepare(
-            inventory,
-            row,
-            geometry_for(row, size),
-            None,
-            Path(cache),
-            lambda done, of: progress.update(bar, completed=done, total=of),
-        )
-        train, held_out = len(images.train), len(images.heldout)
-    cases = {True: set[str](), False: set[str]()}
-    for item in inventory.items:
-        cases[item.held_out].add(item.case)
-    reasons = [rejected.reason for rejected in images.quarantined]
-    warnings = [warned.reason for warned in images.warnings]
-    axes = {name: {"files": count, "first": first} for name, (count, first) in sorted(images.axes.items())}
-    if as_json:
-        counts = {
-            "train": train,
-            "heldout": held_out,
-            "train_cases": len(cases[False]),
-            "heldout_cases": len(cases[True]),
-        }
-        print(
-            json.dumps(
-                {"modality": modality, "images": counts, "quarantined": reasons, "warnings": warnings, "axes": axes}
-            )
-        )
-        return
-    table = Table("", "images", "cases")
-    table.add_row("training", str(train), str(len(cases[False])))
-    table.add_row("held out", str(held_out), str(len(cases[True])))
-    console = Console()
-    console.print(table)
-    stored = [f"{name}: {one['files']}, first {one['first']}" for name, one in axes.items()]
-    for title, lines in (
-        (f"not used: {len(reasons)}", reasons),
-        (f"used, but look at them: {len(warnings)}", warnings),
-        ("axes as stored, all turned to one order:", stored),
-    ):
-        if lines or lines is reasons:
-            console.print(title)
-        for line in lines:
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

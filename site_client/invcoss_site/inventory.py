@@ -41,7 +41,7 @@ _LABELS = ("_mask", "_dseg", "_probseg")
 class Item:
     """One image: its file, its case (patient, slide, ...) and whether that case is held out from training.
 
-    Of a series of DICOM slices, `path` is the first of `files`. `mask` is the index's, if there is one.
+    Of a series of DICOM slices, `path` is the first of `files`. `mask` and `split` are the index's, if there are any.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Item:
     held_out: bool
     files: tuple[Path, ...]
     mask: Path | None = None
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,26 @@ def take_inventory(
 ) -> Inventory:
     """List the images under `data`; raises DataError when there is no folder, no image, or a useless index.
 
+    The arguments are those of `list_images`.
+    """
+    found = list_images(data, modality, index, only, classes)
+    if not found.items:
+        kind = FORMATS[modality.ndim]
+        rejected = found.rejected
+        why = f"; {len(rejected)} entries were rejected, first: {rejected[0].reason}" if rejected else ""
+        raise DataError(f"{data}: no {kind} images to use; check the folder and what the plan calls its modality{why}")
+    return found
+
+
+def list_images(
+    data: Path,
+    modality: Modality,
+    index: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    classes: Collection[str] = (),
+) -> Inventory:
+    """The images under `data`, perhaps none; raises DataError when there is no folder, or a useless index.
+
     `only` are patterns such as `*_T1w.nii.gz`; a file's name or path must match one of them. With `classes`, rows of an
     index that have none of these labels are rejected.
     """
@@ -98,10 +119,6 @@ def take_inventory(
         items = _some_held_out(items)
     items.sort(key=lambda item: item.path.relative_to(data).as_posix())
     rejected += [*unreadable, *clashes]
-    if not items:
-        kind = FORMATS[modality.ndim]
-        why = f"; {len(rejected)} entries were rejected, first: {rejected[0].reason}" if rejected else ""
-        raise DataError(f"{data}: no {kind} images to use; check the folder and what the plan calls its modality{why}")
     return Inventory(tuple(items), tuple(rejected))
 
 
@@ -120,7 +137,7 @@ def _some_held_out(items: list[Item]) -> list[Item]:
     It alone may move when cases are added: once chance holds out another one, it is trained on.
     """
     if len({item.held_out for item in items}) != 1:
-        return items
+        return items  # chance has done well, or there are none
     lowest = min((item.case for item in items), key=_rank)
     return [replace(item, held_out=item.case == lowest) for item in items]
 
@@ -245,7 +262,7 @@ def _item(data: Path, entry: _Entry, files: list[Path], header: Header | None = 
     subject = _SUBJECT.search(name)
     case = entry.case or (f"sub-{subject[1]}" if subject else "") or (header.patient if header else "") or name
     held_out = entry.split == HELD_OUT if entry.split else split_of(case)
-    return Item(files[0], case, held_out, tuple(files), entry.mask)
+    return Item(files[0], case, held_out, tuple(files), entry.mask, entry.split)
 
 
 def _without_split_cases(items: list[tuple[Item, str]]) -> tuple[list[Item], list[Finding]]:

@@ -86,7 +86,7 @@ def test_check_data_says_what_is_used_and_what_is_not(tmp_path):
     status, out, _ = run(
         "invcoss_site", "check-data", tmp_path / "a", "--modality", "xray", "--index", "labels.csv", "--json"
     )
-    assert '"images": {"train": 8, "heldout": 2, "train_cases": 8, "heldout_cases": 2}' in out
+    assert json.loads(out)["images"] == {"train": 8, "heldout": 2, "train_cases": 8, "heldout_cases": 2}
 
 
 def test_check_data_names_what_is_odd_and_a_pattern_chooses(tmp_path):

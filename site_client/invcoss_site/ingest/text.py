@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from invcoss_site.ingest.sample import Finding, check_not_empty, unreadable, warning
@@ -25,11 +25,12 @@ csv.field_size_limit(MAX_LINE)
 
 @dataclass(frozen=True)
 class Record:
-    """One text; `label` is empty if there is none."""
+    """One text; `label` and `split` are empty if there is none."""
 
     id: str
     text: str
     label: str | int = ""
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read_texts(path: Path) -> Texts:
         if len(record.text) > MAX_CHARS:
             text = f"{where}: {len(record.text):,} characters, cut after {MAX_CHARS:,}"
             warnings.append(warning(path, "line", text))
-            record = Record(record.id, record.text[:MAX_CHARS], record.label)
+            record = replace(record, text=record.text[:MAX_CHARS])
         found[record.id] = record
     if not found:
         why = f"; first: {rejected[0].reason}" if rejected else ""
@@ -102,7 +103,9 @@ def _record(raw: object, own_name: str) -> Record:
     name, label = raw.get("id"), raw.get("label")
     if label is not None and not isinstance(label, (str, int)):
         raise ValueError("its label is neither a word nor a number; correct it")
-    return Record(own_name if name in (None, "") else str(name), text, "" if label is None else label)
+    return Record(
+        own_name if name in (None, "") else str(name), text, "" if label is None else label, str(raw.get("split") or "")
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
