@@ -82,7 +82,7 @@ def show(file: Path, last: int | None, as_json: bool) -> None:
 
 def _line(record: Record) -> str:
     names = [name for name in FIRST if name in record] + sorted(record.keys() - {*FIRST, *OWN, "kind", "entry"})
-    words = [f"{name} {_short(record[name])}" for name in names]
+    words = [f"{name} {_short(record[name])}" if name != "stage" else f"stage s{record[name]:02d}" for name in names]
     return f"{record['n']:>6}  {record['time'][:19]}  {record['kind']:<9} {', '.join(words)}"
 
 

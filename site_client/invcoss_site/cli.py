@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -156,7 +157,7 @@ def verify(folder: SiteFolder, key: Keys = None, head: KnownHead = None, as_json
 @app.command()
 def evidence(
     folder: SiteFolder,
-    stage: Annotated[int, typer.Argument(min=0, max=63, help="number of the stage, as in s00-train")],
+    stage: Annotated[str, typer.Argument(help="name of the stage, as hops begin: s00 is that of s00-train")],
     run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="if there were several")] = None,
     key: Keys = None,
     head: KnownHead = None,
@@ -166,8 +167,10 @@ def evidence(
     from invcoss_site.evidence import gather, write  # here, because they need seconds to import
     from invcoss_site.home import load_home
 
+    if not re.fullmatch(r"s\d\d", stage):
+        raise DataError(f"STAGE '{stage}': stages are called as hops begin; give s00 for that of s00-train")
     home = load_home(folder)
-    found = gather(home, stage, run, read_keys(key), parse_head(head) if head else None)
+    found = gather(home, int(stage[1:]), run, read_keys(key), parse_head(head) if head else None)
     page = write(home, found)
     tell(
         as_json,

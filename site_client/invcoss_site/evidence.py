@@ -36,7 +36,7 @@ class Evidence(Part):
     site: str
     consortium: str
     run: str
-    stage: int
+    stage: int = Field(description="0 is that of s00-train")
     made: str
     software: str
     site_key: str = Field(description="fingerprint of the site's key; empty in a simulation, where nothing is signed")
@@ -70,7 +70,7 @@ def gather(
     trails += [trail for trail in _in_spool(home) if (trail.run, trail.hop) not in {(t.run, t.hop) for t in trails}]
     runs = {trail.run: None for trail in trails if stage_of(trail.hop) == stage}
     if run not in runs and (run or len(runs) != 1):
-        known = ", ".join(sorted({f"{stage_of(t.hop)} --run {t.run}" for t in trails})) or "nothing"
+        known = ", ".join(sorted({f"s{stage_of(t.hop):02d} --run {t.run}" for t in trails})) or "nothing"
         raise DataError(f"no stage, or more than one, is that; give STAGE and --run of one of these: {known}")
     run = run or next(iter(runs))
     policy = load_policy(home.root)

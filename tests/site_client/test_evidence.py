@@ -129,7 +129,7 @@ def report_of(home, hop):
 
 
 def test_every_figure_is_that_of_the_records(site):
-    told = json.loads(run_command(site.root, 0, "--json"))
+    told = json.loads(run_command(site.root, "s00", "--json"))
     text, evidence = written(site)
     assert told["failed"] == [] and "✓ Verified." in text and "NOT VERIFIED" not in text
     assert told["json"] == str(site.root / "evidence" / "demo-s00.json")
@@ -193,7 +193,7 @@ def test_the_tensors_are_those_of_the_model_that_left(tmp_path):
 
 
 def test_nothing_of_the_data_is_in_it(site):
-    run_command(site.root, 0)
+    run_command(site.root, "s00")
     names = {path.name for path in (site.data).rglob("*") if path.is_file()}
     assert len(names) > 10
     words = names | {name.partition(".")[0] for name in names} - {"labels"} | {"sealed-images", str(site.root), ".pem"}
@@ -251,7 +251,7 @@ def test_what_was_tampered_with_is_not_verified(copy, what):
     check, tamper = TAMPERED[what]
     tamper(copy)
     with pytest.raises(ChainError, match="NOT VERIFIED") as raised:
-        run_command(copy.root, 0)
+        run_command(copy.root, "s00")
     assert raised.value.exit_code == 10
     page, (text, evidence) = (copy.root / "evidence" / "demo-s00.html").read_text("utf-8"), written(copy)
     assert '<div class="verdict failed">' in page and "NOT VERIFIED What follows must not be relied on" in text
@@ -267,7 +267,7 @@ def test_an_end_that_was_cut_off_is_found_against_the_head(copy):
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
     assert not gather(copy, 0, "demo").failed
     with pytest.raises(ChainError, match="the journal is truncated"):
-        run_command(copy.root, 0, "--head", head)
+        run_command(copy.root, "s00", "--head", head)
 
 
 def test_what_the_spool_no_longer_holds_is_told_from_the_journal(site, copy):
@@ -281,16 +281,22 @@ def test_what_the_spool_no_longer_holds_is_told_from_the_journal(site, copy):
     )  # fmt: skip
     assert [(left.sha256, left.sent) for left in work.artefacts] == [(le.sha256, le.sent) for le in before.artefacts]
     assert (work.reports_sent, work.numbers, work.artefacts[0].tensors) == (before.reports_sent, (), ())
-    run_command(copy.root, 0)
+    run_command(copy.root, "s00")
     text = written(copy)[0]
     assert "What is no longer held is told from the journal alone" in text and "that is still held, holds" in text
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "s0", "s00-train"])
+def test_a_stage_is_called_as_its_hops(site, stage):
+    with pytest.raises(DataError, match=f"STAGE '{stage}': .* give s00"):
+        cli.evidence(site.root, stage)
 
 
 def test_runs_are_told_apart(site, tmp_path):
     assert [work.hop for work in gather(site, 1, None).works] == ["s02-eval-01"]
     assert gather(site, 1, "again").run == "again"
     for stage, run in ((1, "demo"), (7, None), (0, "nobody")):
-        with pytest.raises(DataError, match=r"--run of one of these: 0 --run demo, 1 --run again$"):
+        with pytest.raises(DataError, match=r"--run of one of these: s00 --run demo, s01 --run again$"):
             gather(site, stage, run)
     empty = write_home(tmp_path / "south", "south", tmp_path)
     with pytest.raises(DataError, match=r"one of these: nothing$"):
@@ -305,7 +311,7 @@ def test_the_same_hop_of_a_later_run_takes_the_spool_and_not_the_evidence(tmp_pa
     second = coordinator.hop("s00-train", run="second", sequence=1, plan_digest="1" * 64)
     assert first.model == second.model  # the same seed and data
     home = coordinator.home
-    with pytest.raises(DataError, match="0 --run first, 0 --run second"):
+    with pytest.raises(DataError, match="s00 --run first, s00 --run second"):
         gather(home, 0, None)
     old, new = gather(home, 0, "first"), gather(home, 0, "second")
     assert (old.works[0].held, new.works[0].held) == (False, True) and not old.failed and not new.failed
@@ -320,7 +326,7 @@ def test_the_same_hop_of_a_later_run_takes_the_spool_and_not_the_evidence(tmp_pa
 def test_a_change_of_policy_since_is_told(copy):
     before = policy_digest(copy.root)
     (copy.root / POLICY).write_text("[cases]\nmin_train = 2\n")
-    run_command(copy.root, 0)
+    run_command(copy.root, "s00")
     text, evidence = written(copy)
     assert f"The work on s00-train began under another one: {before}" in text
     assert f"policy.toml, sha256 {evidence['policy_sha256']}" in text and evidence["policy_sha256"] != before
@@ -338,7 +344,7 @@ def test_refusals_and_approvals_are_in_it(copy):
     work = {work.hop: work for work in gather(copy, 0, "demo").works}
     assert [d["kind"] for d in work["s01-eval-00"].decisions] == ["approved", "denied"]
     assert [d["kind"] for d in work["s00-audit"].decisions] == ["refused", "audited"]
-    run_command(copy.root, 0)
+    run_command(copy.root, "s00")
     assert "refused hop s00-audit, error TaskNotAllowed, verb start" in written(copy)[0]
 
 
@@ -350,14 +356,14 @@ def test_earlier_keys_of_the_site_may_be_given(copy, site):
     assert gather(copy, 0, "demo").journal.result == "failed"
     found = gather(copy, 0, "demo", [old])
     assert not found.failed and found.site_key != fingerprint(key_digest(old))
-    run_command(copy.root, 0, "--key", public_text(old))
+    run_command(copy.root, "s00", "--key", public_text(old))
 
 
 def test_in_a_simulation_nobody_signs_and_that_is_said(copy):
     (copy.root / "join.json").unlink()
     found = gather(copy, 0, "demo")
     assert not found.failed and {check.result for check in found.checks} == {"open"}
-    run_command(copy.root, 0)
+    run_command(copy.root, "s00")
     text = written(copy)[0]
     assert "Nothing contradicts, but not everything could be verified" in text and "✓ Verified." not in text
     assert sha256_hex((copy.root / "evidence" / "demo-s00.json").read_bytes()) in text
