@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
+# Tests load an export in timm. It asks for torchvision, whose wheels fit one build of torch each: beside another, all that
+# imports torchvision where it is there breaks, torchmetrics for one. The part of timm that is tested does not use it.
+TIMM := 'timm>=1.0.15,<2'
+
 .PHONY: demo test check fast install bundle clean
 
 demo: $(VENV)/.demo
@@ -37,6 +41,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TIMM)
 	touch $@
 
 clean:

@@ -14,10 +14,12 @@ from invcoss_common.command import AsJson, run_command, tell
 from invcoss_common.config import Plan, load_plan
 from invcoss_common.errors import CredentialError, PlanError
 from invcoss_common.verifier import verify_chain
+from invcoss_server.cli_export import commands as export_commands
 from invcoss_server.cli_runs import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(commands)
+app.add_typer(export_commands)
 app.command()(verify_chain)
 
 ConsortiumFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the consortium's folder")]
