@@ -12,7 +12,7 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from invcoss_common.errors import UnreadableFile
 from invcoss_site.ingest.sample import Pixels, Sample, looks_like, unreadable, warning
 
-FORMATS = ("PNG", "JPEG", "TIFF")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # of a site's own images, BMP is not taken; a published set has it
 MIN_SIDE = 16  # pixels
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 LONGEST = 3  # sides of a picture over which little of it is in the square that is used

@@ -52,6 +52,8 @@ def _picture(path: Path) -> Pixels:
             pixels = np.asarray(file)
     except Exception:
         raise unreadable(path, "mask", "not a picture, or damaged; export it again") from None
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():  # grey saved as colour
+        pixels = pixels[..., 0]
     if pixels.ndim != 2:
         raise unreadable(path, "mask", "colours where one class a pixel is expected; export it as an indexed picture")
     return pixels[None]
