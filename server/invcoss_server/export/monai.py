@@ -99,7 +99,7 @@ def _metadata(source: Source, name: str, geometry: Geometry) -> dict[str, Any]:
                 }
             },
             "outputs": {
-                "tokens": {
+                "pred": {
                     "type": "feature",
                     "format": "class token, then one token a patch",
                     "num_channels": 1 + geometry.tokens,
@@ -116,14 +116,16 @@ def _metadata(source: Source, name: str, geometry: Geometry) -> dict[str, Any]:
 
 def _inference(arguments: dict[str, Any], geometry: Geometry, row: Modality) -> dict[str, Any]:
     volume = geometry.ndim == 3
-    preparing = [f"size={list(geometry.size)}", f"normalisation={row.normalisation!r}"]
+    preparing: dict[str, Any] = {"_target_": "scripts.preprocess.prepare", "_mode_": "callable"}
+    preparing |= {"size": list(geometry.size), "normalisation": row.normalisation}
     if row.normalisation != "range":
-        preparing += [f"low={row.low}", f"high={row.high}"]
+        preparing |= {"low": row.low, "high": row.high}
     elif not volume:
-        preparing += ["low=0", "high=255"]
-    reader = {"converter": f"$lambda image: image.convert('{'L' if geometry.channels == 1 else 'RGB'}')"}
+        preparing |= {"low": 0, "high": 255}
+    mode = "L" if geometry.channels == 1 else "RGB"
+    picture = {"reverse_indexing": False, "converter": f"$lambda image: image.convert('{mode}')"}
     loading: dict[str, Any] = {"_target_": "LoadImaged", "keys": "image"}
-    loading |= {} if volume else {"reader": "PILReader", "reverse_indexing": False, **reader}
+    loading |= {"reader": "NibabelReader"} if volume else {"reader": "PILReader", **picture}
     turning = {  # towards the head, the back, the left, as the sites do
         "_target_": "Orientationd",
         "keys": "image",
@@ -131,7 +133,7 @@ def _inference(arguments: dict[str, Any], geometry: Geometry, row: Modality) -> 
         "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
     }
     return {
-        "imports": ["$import functools", "$import glob", "$import safetensors.torch", "$import scripts.preprocess"],
+        "imports": ["$import glob", "$from safetensors.torch import save_file"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output": "$@bundle_root + '/features.safetensors'",
@@ -151,11 +153,7 @@ def _inference(arguments: dict[str, Any], geometry: Geometry, row: Modality) -> 
                 loading,
                 {"_target_": "EnsureChannelFirstd", "keys": "image"},
                 *([turning] if volume else []),
-                {
-                    "_target_": "Lambdad",
-                    "keys": "image",
-                    "func": f"$functools.partial(scripts.preprocess.prepare, {', '.join(preparing)})",
-                },
+                {"_target_": "Lambdad", "keys": "image", "func": preparing},
             ],
         },
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
@@ -166,5 +164,5 @@ def _inference(arguments: dict[str, Any], geometry: Geometry, row: Modality) -> 
             "batches": "@dataloader",
             "device": "@device",
         },
-        "run": ["$safetensors.torch.save_file({'tokens': @features}, @output)"],
+        "run": ["$save_file({'tokens': @features}, @output)"],
     }

@@ -74,6 +74,7 @@ def _write(features: _Features, path: Path) -> None:
     _check(features, path)
 
 
+@torch.no_grad()
 def _check(features: _Features, path: Path) -> None:
     """Raise ExportError unless onnxruntime finds the same features, for another number of images than at export."""
     import onnxruntime
