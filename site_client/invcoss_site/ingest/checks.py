@@ -7,6 +7,8 @@ import numpy as np
 from invcoss_common.modality import Modality
 from invcoss_site.ingest.sample import Finding, Pixels, Sample, warning
 
+_LOOK = 1024  # pixels of the shorter side that are looked at, at most twice as many
+
 
 def doubts(sample: Sample, modality: Modality) -> tuple[Finding, ...]:
     """Warnings about the content of a sample."""
@@ -25,8 +27,9 @@ def looks_inverted(film: Pixels) -> bool:
 
     On 498 real films from two sources this was so for one; with black and white exchanged, for three in four.
     """
-    height, width = film.shape
-    grey = film.astype(np.float32)
+    step = max(1, min(film.shape) // _LOOK)
+    grey = film[::step, ::step].astype(np.float32)
+    height, width = grey.shape
     black, white = np.percentile(grey, (1, 99))
     if black == white:
         return False

@@ -5,29 +5,34 @@ No value of a header that could identify anybody is ever part of a text.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_partial
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, SegmentationStorage
 
+from invcoss_common.errors import UnreadableFile
 from invcoss_common.modality import Modality
 from invcoss_site.ingest.codecs import PLUGINS
 from invcoss_site.ingest.image import MAX_PIXELS, picture
-from invcoss_site.ingest.sample import Pixels, Sample, looks_like, unreadable, warning
+from invcoss_site.ingest.sample import LARGE, Pixels, Sample, looks_like, unreadable, warning
 from invcoss_site.ingest.values import MAX_VOXELS, Values
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # odd values of tags that nobody asks for
 warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")  # what matters is checked here
+logging.getLogger("pydicom").setLevel(logging.ERROR)  # likewise
 
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _TAGS: list[BaseTag | int] = [
@@ -79,6 +84,9 @@ def read_header(path: Path, frames: bool = False) -> FileDataset:
 
     try:
         with path.open("rb") as file:
+            if not _inflates(file):
+                text = "its data set unpacks to more than any scan; export it without compression"
+                raise unreadable(path, "too-large", text)
             header = read_partial(file, at_pixels, specific_tags=[*_TAGS, *(_FRAME_TAGS if frames else ())])
             start = file.tell()
             size_bytes = os.fstat(file.fileno()).st_size
@@ -86,10 +94,14 @@ def read_header(path: Path, frames: bool = False) -> FileDataset:
             ends = _END_MARK in file.read()
         for _ in header:  # elements are converted, and damaged ones found, when they are asked for
             pass
+        for tag in ("Rows", "Columns"):
+            setattr(header, tag, int(header.get(tag) or 0))
         kind = header.file_meta.get("MediaStorageSOPClassUID", header.get("SOPClassUID", UID("")))
         syntax = header.file_meta.TransferSyntaxUID
         explicit = not syntax.is_implicit_VR
         expected = _bytes_of_pixels(header)
+    except UnreadableFile:
+        raise
     except InvalidDicomError:
         text = f"not a DICOM file{looks_like(path)}; remove it"
         raise unreadable(path, "not-this-format", text) from None
@@ -111,6 +123,22 @@ def read_header(path: Path, frames: bool = False) -> FileDataset:
     if length == _UNKNOWN and not ends:  # cut off, or with more after its pixels
         _whole(path)
     return header
+
+
+def _inflates(file: BinaryIO) -> bool:
+    """Whether a file, open at its beginning, is not deflated as a whole, or unpacks to a size that a scan can have.
+
+    pydicom unpacks it whole, whatever comes of it. The file is left at its beginning.
+    """
+    file.seek(132)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    found = 0
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        while not unpacker.eof and found <= LARGE and (data := unpacker.unconsumed_tail or file.read(1 << 16)):
+            found += len(unpacker.decompress(data, 1 << 24))
+    file.seek(0)
+    return found <= LARGE
 
 
 def _bytes_of_pixels(header: Dataset) -> int:
@@ -162,7 +190,8 @@ def read_pixels(path: Path) -> tuple[FileDataset, Pixels]:
 def rescaled(path: Path, pixels: Pixels, dataset: Dataset) -> Values:
     """Pixels in the units of the data set's rescale slope and intercept or modality LUT (Hounsfield for CT)."""
     try:
-        return np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name, later
+            return np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float32)
     except Exception:
         raise unreadable(path, "damaged", "its rescale values or lookup table are invalid; export it again") from None
 
@@ -203,7 +232,8 @@ def _shown(path: Path, pixels: Pixels, dataset: Dataset, windowed: bool) -> tupl
             values, full_range = _through_window(values, dataset)
         except Exception:
             raise unreadable(path, "damaged", "its window or lookup table is invalid; export it again") from None
-    padding = pixels == dataset.PixelPaddingValue if "PixelPaddingValue" in dataset else np.zeros(pixels.shape, bool)
+    stated = dataset.get("PixelPaddingValue")
+    padding = pixels == stated if isinstance(stated, int) else np.zeros(pixels.shape, bool)
     seen = values if padding.all() else values[~padding]
     low, high = full_range or (float(seen.min()), float(seen.max()))
     if dataset.PhotometricInterpretation == "MONOCHROME1":

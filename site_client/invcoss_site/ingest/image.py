@@ -14,10 +14,11 @@ from invcoss_site.ingest.sample import Pixels, Sample, looks_like, unreadable, w
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # of a site's own images, BMP is not taken; a published set has it
 MIN_SIDE = 16  # pixels
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
+MAX_PIXELS = 1 << 26  # larger than any film; three channels as float32 are then 800 MB
 LONGEST = 3  # sides of a picture over which little of it is in the square that is used
 _WHITE_IS_ZERO = 0  # value of the TIFF tag PhotometricInterpretation
 
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd tags; damaged pixels raise
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, because threads share the filters
 
 
@@ -35,7 +36,7 @@ def picture(path: Path, pixels: Pixels, channels: int, full_range: tuple[float, 
     odd = []
     if max(height, width) > LONGEST * min(height, width):
         odd.append(warning(path, "shape", f"{width} x {height} pixels: only the square in its middle is used"))
-    if channels == 3 and (pixels.ndim == 2 or np.array_equal(pixels, pixels[..., :1].repeat(3, axis=2))):
+    if channels == 3 and (pixels.ndim == 2 or all(np.array_equal(pixels[..., 0], pixels[..., n]) for n in (1, 2))):
         odd.append(warning(path, "grey", "grey where colour is expected: repeated to three channels"))
     if pixels.dtype == np.uint8:
         full_range = full_range or (0.0, 255.0)
@@ -47,13 +48,19 @@ def _decode(path: Path, channels: int) -> Pixels:
     """Pixels (H, W) of a grey or deep picture, or (H, W, 3), in the file's number type."""
     try:
         with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             white_is_zero = False
             if isinstance(file, TiffImageFile):
                 if file.n_frames > 1:
                     text = f"{file.n_frames} pages in one file; save one picture a file"
                     raise unreadable(path, "dimensions", text)
                 white_is_zero = file.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
-            image = ImageOps.exif_transpose(file)
+            ImageOps.exif_transpose(file, in_place=True)  # loads it, and copies only what is turned
+            if file.mode.startswith(("I", "F")):  # more than 8 bits; Pillow leaves these as they are stored
+                deep = np.asarray(file)
+                return deep.max() - deep if white_is_zero else deep
+            return np.asarray(file.convert("RGB" if channels == 3 else "L"))
     except UnreadableFile:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -67,7 +74,3 @@ def _decode(path: Path, channels: int) -> Pixels:
         raise unreadable(path, "not-this-format", text) from None
     except Exception as error:  # decoders raise anything on damaged bytes
         raise unreadable(path, "truncated", f"incomplete or damaged picture ({error}); copy it again") from None
-    if image.mode.startswith(("I", "F")):  # more than 8 bits; Pillow leaves these as they are stored
-        deep = np.asarray(image)
-        return deep.max() - deep if white_is_zero else deep
-    return np.asarray(image.convert("RGB" if channels == 3 else "L"))

@@ -9,9 +9,10 @@ import nibabel as nib
 import numpy as np
 from nibabel import imageglobals
 
-from invcoss_site.ingest.sample import Sample, looks_like, unreadable
+from invcoss_site.ingest.sample import Sample, check_expansion, looks_like, unreadable
 from invcoss_site.ingest.volume import check_affine, check_shape, turned
 
+_UNITS, _OTHER_UNITS = (0, 2), {1: "metres", 3: "micrometres"}  # 0: unknown, 2: mm
 _MOST_DEFLATED = 1032  # deflate can't shrink by more
 
 imageglobals.logger.disabled = True  # it tells of odd headers, which are refused here
@@ -32,17 +33,28 @@ def read_nifti(path: Path) -> Sample:
     if not header["qform_code"] and not header["sform_code"]:
         text = "header has no orientation or spacing (qform and sform are unset); export it again"
         raise unreadable(path, "no-geometry", text)
-    unit = header.get_xyzt_units()[0]
-    if unit not in ("mm", "unknown"):
-        raise unreadable(path, "spacing", f"voxel sizes are in {unit}; save it in mm")
+    unit = int(header["xyzt_units"]) % 8
+    if unit not in _UNITS:
+        raise unreadable(
+            path, "spacing", f"voxel sizes are in {_OTHER_UNITS.get(unit, 'no known unit')}; save it in mm"
+        )
     check_affine(path, image.affine)
+    full_range = None
     try:
-        raw = np.asanyarray(image.dataobj).reshape(shape)
+        raw = image.dataobj.get_unscaled().reshape(shape)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise unreadable(path, "truncated", f"incomplete or damaged volume ({reason}); copy it again") from None
-    full_range = (0.0, 255.0) if raw.dtype == np.uint8 else None
-    return turned(path, raw.astype(np.float32), image.affine, full_range)
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name, later
+        values = raw.astype(np.float32)
+        if (slope, intercept) != (1, 0):
+            values *= np.float32(slope)
+            values += np.float32(intercept)
+        elif raw.dtype == np.uint8:
+            full_range = (0.0, 255.0)
+    del raw  # two copies at a time are enough
+    return turned(path, values, image.affine, full_range)
 
 
 def _checked_shape(path: Path, image: nib.Nifti1Image) -> tuple[int, ...]:
@@ -67,4 +79,6 @@ def _checked_shape(path: Path, image: nib.Nifti1Image) -> tuple[int, ...]:
         found = f"a packed file of {size_bytes:,}" if packed else f"{max(most, 0):,}"
         text = f"file is incomplete: expected {expected:,} bytes of voxels, found {found}; copy it again"
         raise unreadable(path, "truncated", text)
+    if packed:
+        check_expansion(path, math.prod(sides) * max(dtype.itemsize, 4), size_bytes)
     return sides

@@ -96,6 +96,17 @@ def check_not_empty(path: Path) -> None:
         raise unreadable(path, "empty", "file is empty; copy it again")
 
 
+LARGE = 400 << 20  # bytes of memory as float32; what takes more must be large on disk too
+_TIGHT = 128  # bytes of memory a byte on disk: a scan has noise, and can't be packed so
+
+
+def check_expansion(path: Path, memory_bytes: int, size_bytes: int) -> None:
+    """Raises UnreadableFile for a small file that would take more than LARGE in memory: no scan packs so well."""
+    if memory_bytes > max(LARGE, _TIGHT * size_bytes):
+        text = f"{size_bytes:,} bytes would become {memory_bytes:,}, packed tighter than any scan; save it unpacked"
+        raise unreadable(path, "too-large", text)
+
+
 _BEGINNINGS = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",

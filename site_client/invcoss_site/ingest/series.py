@@ -7,7 +7,7 @@ Positions and directions are in DICOM's world (left, back, head), in mm.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset
 
 from invcoss_site.ingest.dicom import frame_count, read_header, read_pixels, rescaled
-from invcoss_site.ingest.sample import Finding, Sample, unreadable
+from invcoss_site.ingest.sample import Finding, Sample, check_expansion, unreadable
 from invcoss_site.ingest.values import Values
 from invcoss_site.ingest.volume import MIN_SIDE, Affine, check_affine, check_shape, turned
 
@@ -96,6 +96,8 @@ def find_series(headers: Iterable[Header]) -> list[list[Path]]:
 def read_series(files: Sequence[Path]) -> Sample:
     """Volume as a sample (1, D, H, W) of the slices in `files`, in any order. Raises UnreadableFile."""
     headers = {path: read_header(path, frames=True) for path in files}
+    for path, header in headers.items():
+        check_expansion(path, 4 * header.Rows * header.Columns * frame_count(header), path.stat().st_size)
     slices = [found for path in files for found in _slices(path, headers[path])]
     first = headers[files[0]]
     where = files[0] if len(files) == 1 else files[0].parent
@@ -105,17 +107,21 @@ def read_series(files: Sequence[Path]) -> Sample:
     affine = _affine(where, [alike[0] for alike in positions])
     check_affine(where, affine)
 
-    decoded = lru_cache(maxsize=1)(_values)  # all frames of a file are decoded together
+    decoded = lru_cache(maxsize=1)(_frame_values)  # all frames of a file are decoded together
     volume = np.empty(shape[::-1], np.float32)
     dropped: list[str] = []
     for number, alike in enumerate(positions):
-        values = decoded(alike[0].path)[alike[0].frame]
+        values = decoded(alike[0].path)(alike[0].frame)
         for other in alike[1:]:
-            if not np.array_equal(values, decoded(other.path)[other.frame]):
+            if not np.array_equal(values, decoded(other.path)(other.frame)):
                 text = f"different images at one position, {alike[0].name} and {other.name} (echoes, time points?); "
                 raise unreadable(where, "duplicates", text + "export one volume a folder")
             dropped.append(other.name)
+        if not np.isfinite(values).all():
+            text = f"{alike[0].name} has values that are not numbers (NaN or infinite); export it again"
+            raise unreadable(where, "not-finite", text)
         volume[number] = values
+    decoded.cache_clear()
     odd: tuple[Finding, ...] = ()
     if dropped:
         text = f"{len(dropped)} copies of slices left out, the first: {dropped[0]}"
@@ -132,8 +138,9 @@ def _slices(path: Path, header: FileDataset) -> Iterator[Slice]:
             spacing = np.array(_group(header, frame, "PixelMeasuresSequence").PixelSpacing, dtype=float)
             directions = along.reshape(2, 3)
             whole = position.shape == (3,) and spacing.shape == (2,)
-            whole = whole and np.allclose(directions @ directions.T, np.eye(2), atol=ALIKE)
-        except (AttributeError, TypeError, ValueError):
+            with np.errstate(over="ignore", invalid="ignore"):
+                whole = whole and np.allclose(directions @ directions.T, np.eye(2), atol=ALIKE)
+        except Exception:  # what is in a sequence is read only now, and pydicom raises anything on damaged bytes
             whole = False
         if not whole:
             text = "no geometry (position, orientation, pixel spacing), so it is no part of a volume; export it again"
@@ -202,13 +209,16 @@ def _affine(where: Path, ordered: list[Slice]) -> Affine:
     return affine
 
 
-def _values(path: Path) -> list[Values]:
-    """The frames (rows, columns) of a file in their units; raises UnreadableFile."""
+def _frame_values(path: Path) -> Callable[[int], Values]:
+    """What gives a frame (rows, columns) of a file, by number, in its units; raises UnreadableFile, as that does."""
     dataset, pixels = read_pixels(path)
     frames = _frames(dataset)
     if pixels.shape not in ((dataset.Rows, dataset.Columns), (len(frames), dataset.Rows, dataset.Columns)):
         text = f"pixels {pixels.shape} where {len(frames)} grey slices are expected; remove it"
         raise unreadable(path, "dimensions", text)
     planes = pixels.reshape(len(frames), dataset.Rows, dataset.Columns)
-    units = [_group(dataset, frame, "PixelValueTransformationSequence") for frame in frames]
-    return [rescaled(path, plane, unit) for plane, unit in zip(planes, units, strict=True)]
+    try:
+        units = [_group(dataset, frame, "PixelValueTransformationSequence") for frame in frames]
+    except Exception:  # as in `_slices`
+        raise unreadable(path, "damaged", "its rescale values are damaged; export it again") from None
+    return lambda number: rescaled(path, planes[number], units[number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from itertools import product
@@ -21,9 +22,12 @@ SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
 UM_PER_PIXEL = 0.5  # of the tiles: as with a 20x objective
 TILE = 256  # pixels a side
 MOST_TILES = 100  # of a slide, spread over its tissue, as in the published pre-training on TCGA
+MOST_PAGES = 1000  # of a TIFF
 TISSUE = 0.5  # least share of a tile
 _PLAUSIBLE_UM = (0.05, 20.0)  # a pixel of a slide
 _OVERVIEW = 1 << 26  # pixels: largest level that is looked at as a whole
+
+logging.getLogger("tifffile").disabled = True  # it tells of odd tags; what matters is checked here
 
 if TYPE_CHECKING:
     from tiffslide import TiffSlide
@@ -37,9 +41,17 @@ def is_slide(path: Path) -> bool:
         return True
     try:
         with tifffile.TiffFile(path) as file:
+            _check_pages(path, file)
             return bool(file.pages.first.is_tiled and len(file.series[0].levels) > 1)
     except Exception:  # it raises anything on what is no TIFF
         return False
+
+
+def _check_pages(path: Path, file: tifffile.TiffFile) -> None:
+    """Raises UnreadableFile for a TIFF of absurdly many pages, and finds circles of them, which are else followed."""
+    pages = len(file.pages)
+    if pages > MOST_PAGES:
+        raise unreadable(path, "too-large", f"{pages} pages in one file, no slide has so many; export it again")
 
 
 def read_slide(path: Path, um_per_pixel: float = UM_PER_PIXEL, most: int = MOST_TILES) -> list[Sample]:
@@ -52,6 +64,7 @@ def read_slide(path: Path, um_per_pixel: float = UM_PER_PIXEL, most: int = MOST_
     _check_whole(path)
     try:
         with tiffslide.TiffSlide(path) as slide:
+            _check_pages(path, slide.ts_tifffile)
             return list(_tiles(path, slide, um_per_pixel, most))
     except UnreadableFile:
         raise
@@ -63,6 +76,7 @@ def _check_whole(path: Path) -> None:
     """Raises UnreadableFile if a part of the slide lies beyond the end of its file: it would be filled up with grey."""
     try:
         with tifffile.TiffFile(path) as file:
+            _check_pages(path, file)
             parts = [page for series in file.series for level in series.levels for page in level.pages if page]
             end = max(o + n for p in parts for o, n in zip(p.dataoffsets, p.databytecounts, strict=True))
     except Exception:

@@ -17,6 +17,7 @@ from invcoss_site.ingest.sample import Finding, check_not_empty, unreadable, war
 SUFFIXES = (".jsonl", ".csv", ".txt")
 MAX_CHARS = 20_000  # of a record; the rest is left out
 MAX_LINE = 10_000_000  # bytes; what is longer is no record
+MOST_REJECTED = 10_000  # lines of a file
 _ALLOWED = "\t\n\r"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -66,6 +67,9 @@ def read_texts(path: Path) -> Texts:
                 raise ValueError("its id was used before; give every record its own")
         except ValueError as error:
             rejected.append(Finding(path, f"{path}, {where}: {error}", "line"))
+            if len(rejected) > MOST_REJECTED:
+                text = f"more than {MOST_REJECTED:,} lines can't be used; first: {rejected[0].reason}"
+                raise unreadable(path, "damaged", text) from None
             continue
         usual = usual or (type(record.label) if record.label != "" else None)
         if usual and record.label != "" and type(record.label) is not usual:
@@ -103,6 +107,8 @@ def _record(raw: object, own_name: str) -> Record:
     name, label = raw.get("id"), raw.get("label")
     if label is not None and not isinstance(label, (str, int)):
         raise ValueError("its label is neither a word nor a number; correct it")
+    if not f"{name}{label}{raw.get('split')}".isprintable():  # half a surrogate is not
+        raise ValueError("its id, label or split has a control character, or is not UTF-8; correct it")
     return Record(
         own_name if name in (None, "") else str(name), text, "" if label is None else label, str(raw.get("split") or "")
     )
@@ -139,6 +145,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if len(file.readline(MAX_LINE)) == MAX_LINE:
+            raise unreadable(path, "not-this-format", f"its first line is longer than {MAX_LINE:,} bytes; correct it")
+        file.seek(0)
         rows = csv.DictReader(file, restval="")
         try:
             if "text" not in (rows.fieldnames or ()):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.transforms import ScaleIntensityRange
 from torch.nn.functional import interpolate
 
 from invcoss_common.modality import Modality
-from invcoss_site.ingest.sample import Pixels, Sample, unreadable
+from invcoss_site.ingest.sample import LARGE, Pixels, Sample, unreadable
 
 Values = npt.NDArray[np.float32]
 
 MAX_VOXELS = 1 << 29  # 2 GiB as float32
+_WIDEST = float(np.finfo(np.float32).max) / 2  # difference of two values with which float32 can calculate
+_FINER = 8  # times as many voxels as a scan has that a large one may be resampled to
+_COUNTED = 1 << 25  # values that are looked at for percentiles, at most twice as many
 
 
 def model_values(sample: Sample, modality: Modality, spacing_mm: tuple[float, float, float] | None = None) -> Values:
@@ -27,7 +31,8 @@ def model_values(sample: Sample, modality: Modality, spacing_mm: tuple[float, fl
     assert sample.spacing_mm is not None, "the plan refuses spacing_mm for 2-D modalities"
     found = zip(values.shape[1:], sample.spacing_mm, spacing_mm, strict=True)
     size = tuple(max(1, round(n * mm / to)) for n, mm, to in found)
-    if np.prod(size, dtype=float) > MAX_VOXELS:
+    voxels = math.prod(size)
+    if voxels > MAX_VOXELS or 4 * voxels > max(LARGE, 4 * _FINER * math.prod(values.shape[1:])):
         text = f"would have {size} voxels at {spacing_mm} mm; check its spacing"
         raise unreadable(sample.path, "spacing", text)
     return resample(values, size)
@@ -56,15 +61,22 @@ def unit_range(sample: Sample, modality: Modality) -> Values:
             f"no value below 0, so no air near {low:g}: probably not Hounsfield units but stored with an offset; "
             "export it with its rescale slope and intercept applied",
         )
-    if lowest >= high or highest <= low or low == high:
+    span = high - low
+    if not max(highest - lowest, span) <= _WIDEST:
+        text = f"values {lowest:g} to {highest:g} are more than any scan has; export it again"
+        raise unreadable(path, "not-finite", text)
+    if lowest >= high or highest <= low or not np.float32(span):
         raise unreadable(
             path,
             "constant",
             f"values {lowest:g} to {highest:g} are constant within {low:g} to {high:g}; "
             "check that the file is of the stated modality",
         )
-    scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=np.float32)
-    return np.ascontiguousarray(scale(raw.astype(np.float32)), dtype=np.float32)
+    values = raw.astype(np.float32)  # and then in place: this copy may be large
+    with np.errstate(over="ignore"):  # infinity is clipped
+        values -= np.float32(low)
+        values /= np.float32(span)
+    return np.clip(values, 0.0, 1.0, out=values)
 
 
 def _bounds(sample: Sample, modality: Modality) -> tuple[float, float]:
@@ -74,7 +86,9 @@ def _bounds(sample: Sample, modality: Modality) -> tuple[float, float]:
         case "window":
             return modality.low, modality.high
         case "percentile":
-            low, high = np.percentile(raw[raw != 0], (modality.low, modality.high))
+            some = raw.ravel()[:: max(1, raw.size // _COUNTED)]
+            seen = some if some.any() else raw
+            low, high = np.percentile(seen[seen != 0], (modality.low, modality.high))
             return float(low), float(high)
         case "range":
             # 12-bit data sit in 16-bit containers, so a range wider than 8 bits is known only if the file tells.

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Orientation, SpatialResample
+from monai.transforms import SpatialResample
 from nibabel.affines import voxel_sizes
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from invcoss_site.ingest.sample import Finding, Sample, unreadable, warning
 from invcoss_site.ingest.values import MAX_VOXELS, Values
@@ -25,7 +26,8 @@ AXES = "SPL"  # towards the head, the back, the left: slices look as a radiologi
 MIN_SIDE = 4  # voxels
 SPACING_MM = (0.01, 50.0)  # plausible voxel sizes
 STRAIGHT = 0.01  # cosine of the angle between two axes up to which they count as at right angles
-_DIRECTIONS = (("L", "R"), ("P", "A"), ("I", "S"))  # of NIfTI's world axes
+MOST_LEAN = 45.0  # degrees; gantries tilt up to 30
+MOST_GROWTH, MOST_LEANING = 4, 1 << 25  # of a straightened volume: times its voxels, and voxels
 
 
 def check_shape(path: Path, shape: tuple[int, ...]) -> None:
@@ -39,6 +41,8 @@ def check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 def check_affine(path: Path, affine: Affine) -> None:
     """Raises UnreadableFile unless the voxels have a plausible size and a volume."""
+    if not np.isfinite(affine).all():
+        raise unreadable(path, "no-geometry", "its position or orientation is not a number; correct the header")
     found_mm = voxel_sizes(affine)
     low, high = SPACING_MM
     if not all(low <= mm <= high for mm in found_mm) or abs(np.linalg.det(affine)) < low**3 / 2:
@@ -55,40 +59,47 @@ def turned(
     warnings: tuple[Finding, ...] = (),
 ) -> Sample:
     """The sample of a volume (x, y, z): its axes straightened if they lean, and turned by its affine."""
-    volume = MetaTensor(torch.from_numpy(np.ascontiguousarray(values)[None]), affine=affine)
-    volume, lean_degrees = _straightened(volume, affine)
+    axes = "".join(nib.aff2axcodes(affine))
+    values, affine, lean_degrees = _straightened(path, values, affine)
     if lean_degrees:
         text = f"axes lean by {lean_degrees:.1f} degrees (tilted gantry): straightened by resampling"
         warnings = (*warnings, warning(path, "tilt", text))
-    turned = Orientation(axcodes=AXES, labels=_DIRECTIONS)(volume)
-    depth, height, width = voxel_sizes(turned.affine.numpy())
-    axes = "".join(nib.aff2axcodes(affine))
-    pixels = np.ascontiguousarray(turned.numpy())
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(AXES))
+    depth, height, width = voxel_sizes(affine @ inv_ornt_aff(turn, values.shape))
+    pixels = np.ascontiguousarray(apply_orientation(values, turn))[None]  # a view until here: volumes are large
     return Sample(path, pixels, full_range, (float(depth), float(height), float(width)), axes, warnings)
 
 
-def _straightened(volume: MetaTensor, affine: Affine) -> tuple[MetaTensor, float]:
-    """`volume` (1, x, y, z) on a grid at right angles that holds all of it, and by how many degrees it leaned.
+def _straightened(path: Path, values: Values, affine: Affine) -> tuple[Values, Affine, float]:
+    """`values` (x, y, z) on a grid at right angles that holds all of them, its affine, and the degrees of their lean.
 
-    The first axis keeps its direction, the plane of the first two stays; 0 degrees if nothing had to be done.
+    The first axis keeps its direction, the plane of the first two stays; 0 degrees if nothing had to be done. Raises
+    UnreadableFile for what leans more than any gantry, or would grow too much.
     """
     columns = affine[:3, :3]
     unit = columns / np.linalg.norm(columns, axis=0)
     lean = float(np.abs(unit.T @ unit - np.eye(3)).max())
     if lean <= STRAIGHT:
-        return volume, 0.0
+        return values, affine, 0.0
+    degrees = math.degrees(math.asin(min(lean, 1.0)))
+    if degrees > MOST_LEAN:
+        text = f"axes lean by {degrees:.0f} degrees, more than any gantry; correct its orientation"
+        raise unreadable(path, "tilt", text)
     axes, steps = np.linalg.qr(columns)
     sizes = np.diag(steps)
     straight = np.eye(4)
     straight[:3, :3] = axes * sizes  # a step along each axis, whichever sign QR gave it
     corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
-    corners[:, :3] *= np.array(volume.shape[1:]) - 1
+    corners[:, :3] *= np.array(values.shape) - 1
     straight[:3, 3] = affine[:3, 3]
     on_grid = (np.linalg.inv(straight) @ affine @ corners.T)[:3]
     first, last = on_grid.min(axis=1), on_grid.max(axis=1)
     straight[:3, 3] += straight[:3, :3] @ first
     size = tuple(int(n) for n in np.ceil(last - first - 1e-3) + 1)
-    resampled = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)(
-        volume, dst_affine=torch.from_numpy(straight), spatial_size=size
-    )
-    return resampled, math.degrees(math.asin(min(lean, 1.0)))
+    if math.prod(size) > min(MOST_GROWTH * values.size, MOST_LEANING):
+        text = f"axes lean by {degrees:.1f} degrees, and straightened it would have {size} voxels; reformat it"
+        raise unreadable(path, "tilt", text)
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
+    leaning = MetaTensor(torch.from_numpy(np.ascontiguousarray(values)[None]), affine=affine)
+    resampled = resample(leaning, dst_affine=torch.from_numpy(straight), spatial_size=size)
+    return resampled.numpy()[0], straight, degrees
