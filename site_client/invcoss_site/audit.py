@@ -32,8 +32,10 @@ from invcoss_common.records import Interval
 from invcoss_common.seeds import generator_for
 from invcoss_common.tokens import random_mask
 from invcoss_site.policy import AuditSettings
+from invcoss_site.sample_store import StoredImages
 
-Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float32]  # uint8, or floats in [0, 1]
+# uint8, or floats in [0, 1]
+Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float32] | StoredImages
 OnProgress = Callable[[int, int], None]
 
 WINDOW = 7  # side of SSIM's Gaussian window (SD 1.5), smaller only where an image is

@@ -1,7 +1,7 @@
 """Training batches as a pure function of the step number: sampling, cropping, flipping.
 
 Because nothing is remembered between batches, a resumed run needs the step number only to draw the same batches, and
-several processes can each prepare a part of them.
+several processes can each prepare a part of them. Sub-volumes of a stored volume are drawn around their place in it.
 N = training images, B = batch, C = channels.
 """
 
@@ -21,9 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from invcoss_common.modality import Geometry
 from invcoss_common.seeds import generator_for
+from invcoss_site.sample_store import StoredImages
 
-FloatImages = npt.NDArray[np.float16]
+FloatImages = npt.NDArray[np.float16] | StoredImages
 Crop = tuple[int, int, int, int]  # top, left, height, width
+Shift = tuple[float, float, float]  # of a sub-volume along D, H, W, as `StoredImages.around` takes it
+FOREGROUND = 0.02  # least spread (standard deviation) of a sub-volume that is more than background
 T = TypeVar("T")
 
 
@@ -31,8 +34,9 @@ class TrainingBatches(Dataset[Tensor]):
     """Batches (B, C, *geometry.size) float32 in [0, 1] by number, from `images` (N, C, *stored).
 
     Every image is seen once an epoch. In 2-D a random part (area share `crop_scale`..1, aspect 3/4..4/3) of the stored
-    image is resized to the input size; `flip` mirrors the last axis (left-right) half of the time. Only the rows `part`
-    are prepared.
+    image is resized to the input size; a sub-volume that was cut from a larger volume is one near it, within half a
+    stride, unless that is empty. `flip` mirrors the last axis (left-right) half of the time. Only the rows `part` are
+    prepared.
     """
 
     def __init__(
@@ -61,22 +65,31 @@ class TrainingBatches(Dataset[Tensor]):
         epoch, place = divmod(position, len(self.images))
         return int(_order(len(self.images), self.seed, epoch)[place])
 
-    def draw(self, generator: torch.Generator) -> tuple[bool, Crop | None]:
-        """Whether an image is mirrored and, in 2-D, which part of it is used."""
+    def draw(self, generator: torch.Generator) -> tuple[bool, Crop | Shift | None]:
+        """Whether an image is mirrored, and which part of it is used in 2-D, or how far a sub-volume is moved."""
         flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         if self.geometry.ndim == 2:
             return flip, random_crop(self.images.shape[2], self.images.shape[3], self.crop_scale, generator)
+        if isinstance(self.images, StoredImages) and self.images.are_parts:
+            depth, height, width = (2 * torch.rand(3, generator=generator) - 1).tolist()
+            return flip, (depth, height, width)
         return flip, None
 
-    def augmented(self, index: int, flip: bool, crop: Crop | None) -> Tensor:
+    def augmented(self, index: int, flip: bool, place: Crop | Shift | None) -> Tensor:
         """Image `index` (C, *geometry.size) as drawn."""
-        stored = torch.from_numpy(np.ascontiguousarray(self.images[index]))
-        if crop:
-            top, left, height, width = crop
-            image = resize(stored[:, top : top + height, left : left + width].float(), self.geometry)
+        if place and len(place) == 3 and isinstance(self.images, StoredImages):
+            near = _floats(self.images.around(index, place))
+            image = near if float(near.std()) >= FOREGROUND else _floats(self.images[index])
+        elif place and len(place) == 4:
+            top, left, height, width = place
+            image = resize(_floats(self.images[index][:, top : top + height, left : left + width]), self.geometry)
         else:
-            image = stored.float()
+            image = _floats(self.images[index])
         return image.flip(-1) if flip else image
+
+
+def _floats(stored: npt.NDArray[np.float16]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(stored)).float()
 
 
 @lru_cache(maxsize=2)
@@ -103,7 +116,7 @@ def resize(image: Tensor, geometry: Geometry) -> Tensor:
 def whole_images(images: FloatImages, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
     """Every image once, un-augmented, at the input size: batches (B, C, *size) float32."""
     for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size])).float()
+        batch = _floats(images[start : start + batch_size])
         if batch.shape[2:] != geometry.size:
             batch = torch.stack([resize(image, geometry) for image in batch])
         yield batch

@@ -50,6 +50,7 @@ class _SiteFile(BaseModel):
     only: tuple[str, ...] = ()
     transfer: Transfer = Transfer()
     processes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class SiteHome:
     """One site's folder. `index` names CSV files in `data`, as the plan's [simulation] or the site wrote them.
 
     `processes` train together; None is one a GPU. `only` are patterns that a file's name or path in `data` must match.
+    `cache_gb` (10^9 bytes) is what prepared images may take; None is all but the last of the disk.
     """
 
     name: str
@@ -66,6 +68,7 @@ class SiteHome:
     transfer: Transfer = field(default_factory=Transfer)
     processes: int | None = None
     only: tuple[str, ...] = ()
+    cache_gb: float | None = None
 
     @property
     def spool(self) -> Path:
@@ -113,4 +116,13 @@ def load_home(root: Path) -> SiteHome:
         field = ".".join(map(str, first["loc"]))
         raise DataError(one_line(f"{path}: {field[:100]}: {first['msg'][:300]}", most=1000)) from None
     data = (root / values.data).resolve()
-    return SiteHome(values.name, root.resolve(), data, values.index, values.transfer, values.processes, values.only)
+    return SiteHome(
+        values.name,
+        root.resolve(),
+        data,
+        values.index,
+        values.transfer,
+        values.processes,
+        values.only,
+        values.cache_gb,
+    )

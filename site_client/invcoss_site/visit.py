@@ -27,10 +27,11 @@ from invcoss_site.home import SiteHome
 from invcoss_site.inventory import take_inventory
 from invcoss_site.permission import check_images
 from invcoss_site.policy import load_policy
-from invcoss_site.prepare import SiteImages, mapped, prepare
+from invcoss_site.prepare import SiteImages, prepare
 from invcoss_site.privacy import Charge, charge
 from invcoss_site.release import release_pool
 from invcoss_site.replay import Rehearse, ReplayPool, rehearsal
+from invcoss_site.sample_store import StoredImages
 from invcoss_site.trainer import Progress, steps_for, train
 
 OnStatus = Callable[[Status], None]
@@ -89,7 +90,8 @@ def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
     """This site's images of the task's modality, ready for the model; damaged files are quarantined."""
     inventory = take_inventory(home.data, task.modality, home.index, home.only)
     tell = counter(on_status, "reading")
-    return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache, tell)
+    limit = None if home.cache_gb is None else round(home.cache_gb * 1e9)
+    return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache, tell, limit)
 
 
 def begin_private(handoff: HandOff, home: SiteHome, images: SiteImages) -> tuple[Private | None, DpSpent | None]:
@@ -162,13 +164,13 @@ def _train(
     handoff: HandOff,
     home: SiteHome,
     model: MultiModalMAE,
-    images: FloatImages | None,
+    images: StoredImages | None,
     on_status: OnStatus,
     private: Private | None = None,
 ) -> Progress:
-    """Train `model` in place on the images of the first process, which are mapped, not sent, in the others."""
+    """Train `model` in place on the images of the first process; the others are told where they are, and map them."""
     task = handoff.task
-    file, shape = ranks.from_first((str(images.filename), images.shape) if isinstance(images, np.memmap) else None)
+    shared = ranks.from_first(images)
 
     def tell(progress: Progress) -> None:
         on_status(
@@ -185,7 +187,7 @@ def _train(
 
     return train(
         model,
-        mapped(Path(file), shape) if images is None else images,
+        shared,
         task.geometry,
         task.train,
         seed=derive_seed(task.seed, "stage", task.stage),

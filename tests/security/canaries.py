@@ -73,8 +73,8 @@ def prepared(home: SiteHome, plan: Plan, stage: int) -> Iterator[Pattern]:
     assert train.steps
     whole = torch.cat(list(whole_images(images.train, geometry, train.batch_size)))
     cropped = torch.cat([batches[number] for number in range(train.steps)])
-    yield from prepared_patterns(f"{home.name}: cached training images", images.train)
-    yield from prepared_patterns(f"{home.name}: cached held-out images", images.heldout)
+    yield from prepared_patterns(f"{home.name}: cached training images", np.asarray(images.train))
+    yield from prepared_patterns(f"{home.name}: cached held-out images", np.asarray(images.heldout))
     yield from prepared_patterns(f"{home.name}: training images at the input size", whole.numpy())
     yield from prepared_patterns(f"{home.name}: crops that were trained on", cropped.numpy())
     patches = target_patches(torch.from_numpy(np.asarray(images.heldout, np.float32)), geometry)

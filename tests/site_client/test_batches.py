@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from invcoss_common.modality import Geometry
 from invcoss_site.batches import TrainingBatches, batch_loader, random_crop, whole_images
+from invcoss_site.sample_store import SampleStore, StoredImages
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
 
@@ -126,6 +127,54 @@ def test_volumes_are_never_cropped():
     batch = batches_of(images, CT, flip=False, batch_size=7)[0]
     expected = {image.tobytes() for image in images.astype(np.float32)}
     assert {image.tobytes() for image in batch.numpy()} == expected
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Eight windows of CT's size in one volume whose values say where they are; a far corner is empty."""
+    volume = np.arange(0x2E00, 0x2E00 + 8 * 16 * 24, dtype=np.uint16).view(np.float16).reshape(1, 1, 8, 16, 24).copy()
+    volume[..., 12:] = 0
+    with SampleStore(tmp_path) as store:
+        store.add("volume", volume, {})
+        store.write()
+        (shard,) = store.shards.iterdir()
+    starts = [(0, 0, d, h, w) for d in (0, 4) for h in (0, 8) for w in (0, 4)]
+    return StoredImages([shard], [(0, "volume")], np.array(starts, np.int32), 1, CT.size, are_parts=True), volume[0]
+
+
+def places_in(volume, batch):
+    """Where the images of a batch begin in the volume, by their values, which come once each."""
+    return [tuple(np.argwhere(volume[0] == image[0, 0, 0, 0].half().item())[0]) for image in batch]
+
+
+def test_sub_volumes_are_drawn_around_their_place_by_number(parts):
+    images, volume = parts
+    batches = batches_of(images, CT, flip=False, batch_size=8)
+    drawn = [place for number in range(6) for place in places_in(volume, batches[number])]
+    assert torch.equal(batches_of(pickle.loads(pickle.dumps(images)), CT, flip=False, batch_size=8)[3], batches[3])
+    assert {places[0] for places in drawn} == {0, 1, 3, 4}, "a quarter of 4 around 0 and 4, within the volume"
+    assert {places[1] for places in drawn} == {0, 1, 2, 6, 7, 8}
+    assert {places[2] for places in drawn} == {0, 1, 2, 3, 4, 5, 6}
+    for image, (d, h, w) in zip(batches[2], places_in(volume, batches[2]), strict=True):
+        assert np.array_equal(image.half(), volume[:, d : d + 4, h : h + 8, w : w + 8])
+
+
+def test_a_sub_volume_is_not_moved_into_the_background(tmp_path):
+    volume = np.zeros((1, 1, 4, 8, 24), np.float16)
+    volume[..., :9] = np.random.default_rng(0).random((4, 8, 9))
+    volume[..., 9:] = 0.5
+    with SampleStore(tmp_path) as store:
+        store.add("volume", volume, {})
+        store.write()
+        (shard,) = store.shards.iterdir()
+    images = StoredImages([shard], [(0, "volume")], np.array([(0, 0, 0, 0, 8)], np.int32), 1, CT.size, are_parts=True)
+    for number in range(8):
+        assert all(float(image.std()) >= 0.02 for image in batches_of(images, CT, batch_size=4)[number])
+
+
+def test_whole_images_keep_to_the_grid(parts):
+    images, _ = parts
+    assert np.array_equal(torch.cat(list(whole_images(images, CT, 3))).half(), images)
 
 
 @each_geometry
