@@ -47,14 +47,14 @@ def checked(task: Task, cases: Sequence[Case], data: Path) -> tuple[Case, ...]:
     home: dict[str, Case] = {}
     for case in cases:
         at = case.files[0]
-        if case.id in ids:
-            raise DataError(f"{at}: {case.id} is also in {ids[case.id].files[0]}; every case needs its own name")
         other = home.setdefault(case.patient, case)
         if other.split != case.split:
             raise DataError(
                 f"{at}: patient {case.patient} is in {case.split} and, with {other.files[0]}, in {other.split}; "
                 f"put all that is of one patient into one split"
             )
+        if case.id in ids:
+            raise DataError(f"{at}: {case.id} is also in {ids[case.id].files[0]}; every case needs its own name")
         if task.kind == "classify" and (case.label is None or not 0 <= case.label < len(task.classes)):
             raise DataError(f"{at}: label {case.label} is outside 0 to {len(task.classes) - 1}; correct it")
         if task.kind == "segment" and case.mask is None:
