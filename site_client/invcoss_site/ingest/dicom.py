@@ -26,7 +26,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, SegmentationStorage
 from invcoss_common.errors import UnreadableFile
 from invcoss_common.modality import Modality
 from invcoss_site.ingest.codecs import PLUGINS
-from invcoss_site.ingest.image import MAX_PIXELS, picture
+from invcoss_site.ingest.image import most_pixels, picture
 from invcoss_site.ingest.sample import LARGE, Pixels, Sample, looks_like, unreadable, warning
 from invcoss_site.ingest.values import MAX_VOXELS, Values
 
@@ -205,8 +205,8 @@ def read_dicom_picture(path: Path, modality: Modality) -> Sample:
     if frame_count(header) > 1:
         text = f"{frame_count(header)} frames in one file; export one image a file"
         raise unreadable(path, "dimensions", text)
-    if header.Rows * header.Columns > MAX_PIXELS:
-        raise unreadable(path, "too-large", f"claims more than {MAX_PIXELS // 10**6} million pixels; export it again")
+    if header.Rows * header.Columns > (most := most_pixels(modality.channels)):
+        raise unreadable(path, "too-large", f"claims more than {most // 10**6} million pixels; export it again")
     dataset, pixels = read_pixels(path)
     if pixels.shape not in ((header.Rows, header.Columns), (header.Rows, header.Columns, 3)):
         raise unreadable(path, "dimensions", f"pixels {pixels.shape} where grey or RGB is expected; export it again")

@@ -14,12 +14,17 @@ from invcoss_site.ingest.sample import Pixels, Sample, looks_like, unreadable, w
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # of a site's own images, BMP is not taken; a published set has it
 MIN_SIDE = 16  # pixels
-MAX_PIXELS = 1 << 26  # larger than any film; three channels as float32 are then 800 MB
+MAX_PIXELS = 1 << 26  # larger than any film
 LONGEST = 3  # sides of a picture over which little of it is in the square that is used
 _WHITE_IS_ZERO = 0  # value of the TIFF tag PhotometricInterpretation
 
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd tags; damaged pixels raise
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, because threads share the filters
+
+
+def most_pixels(channels: int) -> int:
+    """Of a picture: it is read as a whole, and in colour takes more memory."""
+    return MAX_PIXELS if channels == 1 else MAX_PIXELS // 2
 
 
 def read_picture(path: Path, channels: int) -> Sample:
@@ -48,7 +53,7 @@ def _decode(path: Path, channels: int) -> Pixels:
     """Pixels (H, W) of a grey or deep picture, or (H, W, 3), in the file's number type."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
+            if file.width * file.height > most_pixels(channels):
                 raise Image.DecompressionBombError
             white_is_zero = False
             if isinstance(file, TiffImageFile):
@@ -64,7 +69,7 @@ def _decode(path: Path, channels: int) -> Pixels:
     except UnreadableFile:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        text = f"claims more than {MAX_PIXELS // 10**6} million pixels; cut it into tiles"
+        text = f"claims more than {most_pixels(channels) // 10**6} million pixels; cut it into tiles"
         raise unreadable(path, "too-large", text) from None
     except UnidentifiedImageError:
         if "TIFF" in (like := looks_like(path)):
