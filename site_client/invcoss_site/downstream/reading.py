@@ -6,7 +6,7 @@ are segmented window by window: those keep theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -159,17 +159,39 @@ def _targets(task: Task, mask: Mask, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(targets[None], size, mode="nearest-exact")[0]
 
 
+class Reader:
+    """Reads cases, and keeps what it read while that takes less than `keep_mb` MB (10^6 bytes) in all."""
+
+    def __init__(self, task: Task, tokeniser: Tokenizer | None = None, keep_mb: float = 0.0) -> None:
+        self.task, self.tokeniser = task, tokeniser
+        self._free = keep_mb * 1e6
+        self._kept: dict[str, Example] = {}
+
+    def __call__(self, case: Case) -> Example:
+        """`read_case`; what is kept is not to be changed in place."""
+        if kept := self._kept.get(case.id):
+            return kept
+        example = read_case(self.task, case, self.tokeniser)
+        taken = example.image.nbytes + example.target.nbytes
+        if taken <= self._free:
+            self._free -= taken
+            self._kept[case.id] = example
+        return example
+
+
 class TaskBatches(Dataset[tuple[Tensor, Tensor]]):
     """Augmented training batches by number, each a pure function of it, so that a resumed run draws the same ones.
 
     A batch is images float32 (B, C, *task.size), or tokens int64 (B, L), and targets int64 (B,) or float32
-    (B, K, *task.size). Every case comes once before any comes again.
+    (B, K, *task.size). Every case comes once before any comes again. `read` is `read_case` where none is given.
     """
 
-    def __init__(self, task: Task, cases: Sequence[Case], seed: int, tokeniser: Tokenizer | None = None) -> None:
+    def __init__(
+        self, task: Task, cases: Sequence[Case], seed: int, read: Callable[[Case], Example] | None = None
+    ) -> None:
         if not cases:
             raise DataError(f"{task.name}: no training case")
-        self.task, self.cases, self.seed, self.tokeniser = task, cases, seed, tokeniser
+        self.task, self.cases, self.seed, self.read = task, cases, seed, read or Reader(task)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         rows = [self.row(position) for position in range(number * self.task.batch, (number + 1) * self.task.batch)]
@@ -178,9 +200,7 @@ class TaskBatches(Dataset[tuple[Tensor, Tensor]]):
     def row(self, position: int) -> tuple[Tensor, Tensor]:
         """Image and target number `position` of all that are ever drawn."""
         epoch, place = divmod(position, len(self.cases))
-        example = read_case(
-            self.task, self.cases[int(_order(len(self.cases), self.seed, epoch)[place])], self.tokeniser
-        )
+        example = self.read(self.cases[int(_order(len(self.cases), self.seed, epoch)[place])])
         image, target = example.image, example.target
         if self.task.input == TEXT:
             return image, target

@@ -99,6 +99,7 @@ class Task(_Part):
     flips: bool = Field(default=True, description="mirror images in training, and average over mirror images after it")
     overlap: Share = Field(default=0.5, description="of the windows that a volume is segmented in")
     clean: Literal["none", "organ-tumour"] = Field(default="none", description="what is done to predicted masks")
+    dice_plus_one: bool = Field(default=False, description="1 is added to the denominator of Dice")
     epochs: Positive = 50
     iterations: Positive | None = Field(default=None, description="batches an epoch; none: as many as hold all cases")
     check_every: Positive | None = Field(default=None, description="batches between validations; none: every epoch")
@@ -106,8 +107,8 @@ class Task(_Part):
     lr: float = Field(default=1e-4, gt=0, le=1)
     weight_decay: float = Field(default=1e-4, ge=0, le=1)
     picked: Literal["best", "last"] = Field(default="best", description="which epoch's weights; best: on validation")
-    vocabulary: Positive = Field(
-        default=8192, description="of the tokeniser that is trained on the text, if none is given"
+    vocabulary: int = Field(
+        default=8192, ge=261, description="of the tokeniser that is trained on the text, if none is given"
     )
     data: OwnData | None = Field(default=None, description="of a site's own task")
 
@@ -249,6 +250,7 @@ _PUBLISHED: tuple[dict[str, object], ...] = (
         "intensity": {"low": -325, "high": 325, "sd": 325},  # as DoDNet (CVPR 2021) for them
         "spacing_mm": (1.5, 0.8, 0.8),
         "clean": "organ-tumour",
+        "dice_plus_one": True,
         "epochs": 100,
         "lr": 1e-4,
     },
@@ -260,6 +262,7 @@ _PUBLISHED: tuple[dict[str, object], ...] = (
         "classes": ("schwannoma",),
         "values": ((1,),),
         "intensity": "z-score",
+        "dice_plus_one": True,
         "epochs": 100,
         "lr": 1e-4,
     },
