@@ -12,7 +12,7 @@ from tests.site_client import published
 
 from invcoss_common.errors import DataError, UnreadableFile
 from invcoss_site.downstream.augment import augmented, coloured
-from invcoss_site.downstream.reading import TaskBatches, random_window, read_case
+from invcoss_site.downstream.reading import Reader, TaskBatches, random_window, read_case
 from invcoss_site.downstream.sets import find_cases
 from invcoss_site.downstream.sets.cases import Case, of_split
 from invcoss_site.downstream.stored import read_nrrd, read_prepared
@@ -46,7 +46,7 @@ def test_every_case_of_a_published_set_is_read_and_batched(tmp_path, name, make,
             assert example.target.shape == (len(task.classes), *example.image.shape[1:])
             assert set(example.target.unique().tolist()) == {0.0, 1.0}
             assert 0.05 < float(example.target[0].mean()) < 0.5  # the box in the middle
-    images, targets = TaskBatches(task, train, 0, tokeniser)[3]
+    images, targets = TaskBatches(task, train, 0, Reader(task, tokeniser))[3]
     assert len(images) == len(targets) == 4
     assert tuple(images.shape[1:]) == (task.size if tokeniser else (task.channels, *task.size))
 
@@ -289,9 +289,19 @@ def test_grey_masks_saved_as_colour_are_read(tmp_path):
 
 
 def test_no_process_makes_another_tokeniser():
-    made = train_tokeniser(TEXTS, 300).to_str()
     script = (
-        f"from invcoss_site.downstream.words import train_tokeniser as t; print(t({TEXTS!r}, 300).to_str(), end='')"
+        "from invcoss_site.downstream.words import train_tokeniser; "
+        f"print(train_tokeniser({TEXTS!r}, 300).to_str(), end='')"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert other.stdout == made
+    assert other.stdout == train_tokeniser(TEXTS, 300).to_str()
+
+
+def test_a_reader_keeps_what_fits(tmp_path):
+    published.chestxr(tmp_path)
+    task = small("chestxr")
+    first, second = find_cases(task, tmp_path)[:2]
+    reader = Reader(task, keep_mb=0.005)  # one picture of 4 kB and its label
+    assert reader(first) is reader(first)
+    assert reader(second) is not reader(second)
+    assert torch.equal(reader(second).image, read_case(task, second).image)
