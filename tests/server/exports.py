@@ -22,8 +22,8 @@ DP = DpSpent(
 )
 
 
-def plan_of(modalities: tuple[str, ...] = MODALITIES, **changes: object) -> Plan:
-    stages = [{"site": f"{name}-clinic", "modality": name} for name in modalities]
+def plan_of(learned: tuple[str, ...] = MODALITIES, **changes: object) -> Plan:
+    stages = [{"site": f"{name}-clinic", "modality": name} for name in learned]
     return Plan.model_validate(
         {"name": "four", "size": "nano", "train": {"steps": 40}, "stages": stages, "seed": 5, **changes}
     )
@@ -65,8 +65,8 @@ def make_run(folder: Path, plan: Plan, released: int | None = None, dp: DpSpent 
     return state
 
 
-def source_of(folder: Path, modalities: tuple[str, ...] = MODALITIES) -> Source:
-    make_run(folder, plan_of(modalities))
+def source_of(folder: Path, learned: tuple[str, ...] = MODALITIES) -> Source:
+    make_run(folder, plan_of(learned))
     return open_source(folder, None, ())
 
 

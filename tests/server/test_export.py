@@ -14,7 +14,9 @@ from invcoss_common.command import run_command
 from invcoss_common.errors import ChainError, PlanError, WeightsError
 from invcoss_common.weights import write_model
 from invcoss_server.cli import app
-from invcoss_server.export.folder import export
+from invcoss_server.export.encoder import Encoder
+from invcoss_server.export.folder import export, fitting
+from invcoss_server.export.huggingface import write_huggingface
 from invcoss_server.export.source import ExportError, open_source
 
 TOLERANCE = 1e-5
@@ -73,6 +75,26 @@ def test_the_very_snippets_of_the_card_give_our_features(source, tmp_path, monke
     assert float((found["encoder"](images) - ours).detach().abs().max()) <= TOLERANCE  # as in fine-tuning
     with torch.no_grad():
         assert float((found["encoder"](images) - ours).abs().max()) <= TOLERANCE
+
+
+def test_a_model_of_sequences(tmp_path):
+    make_run(tmp_path / "run", plan_of(("ecg",), modalities={"ecg": {"ndim": 1, "normalisation": "range"}}))
+    source = open_source(tmp_path / "run", None, ())
+    assert fitting(source) == ("onnx", "hf")
+    assert encoded(source, tmp_path, "ecg") <= TOLERANCE
+    with pytest.raises(ExportError, match="monai is for 2-D and 3-D images; this is a model of ecg"):
+        export(source, tmp_path / "monai", ("monai",), site_names=True)
+
+
+def encoded(source, folder, modality: str) -> float:
+    """The largest difference between the features of the plain-torch export in a new folder, and ours."""
+    write_huggingface(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    encoder = Encoder(**config["encoder"]).eval()
+    encoder.load_state_dict(load_file(folder / "model.safetensors"))
+    images = images_for(source, modality)
+    with torch.no_grad():
+        return float((encoder(images) - tokens_of(source, modality, images)).abs().max())
 
 
 def test_the_folder_says_how_inputs_are_prepared(source, tmp_path):
@@ -213,9 +235,11 @@ def test_a_modality_that_the_model_lacks(source):
 def test_a_folder_that_is_no_run_and_a_run_without_a_model(tmp_path):
     with pytest.raises(PlanError, match="there is no run here"):
         open_source(tmp_path, None, ())
-    make_run(tmp_path / "run", plan_of(), released=0)
+    make_run(tmp_path / "runs" / "four", plan_of(), released=0)
+    with pytest.raises(PlanError, match=r"is a consortium; name one of its runs: .*/runs/four"):
+        open_source(tmp_path, None, ())
     with pytest.raises(PlanError, match="no stage of run 'four' is released yet"):
-        open_source(tmp_path / "run", None, ())
+        open_source(tmp_path / "runs" / "four", None, ())
 
 
 def test_a_model_that_is_missing_or_another(tmp_path):

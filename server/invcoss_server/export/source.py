@@ -87,6 +87,8 @@ def open_source(path: Path, plan: Path | None, modalities: tuple[str, ...]) -> S
     Without `modalities` all that the model has learned. Raises PlanError when there is no such run or nothing in it,
     WeightsError when the weights are not the run's or the plan's, or a modality is not among them.
     """
+    if runs := ", ".join(sorted(str(file.parent) for file in path.glob("runs/*/state.db"))):
+        raise PlanError(f"{path} is a consortium; name one of its runs: {runs}")
     if path.is_dir():
         if plan is not None:
             raise PlanError(f"{path} is a folder of a run, which has its own plan; leave --plan out")
