@@ -44,8 +44,10 @@ def test_the_mask_of_a_picture_is_its_values_or_indices(tmp_path):
     indexed.putpalette([0, 0, 0, 255, 90, 30])
     indexed.save(tmp_path / "indexed.png")
     assert np.array_equal(read_mask(picture, tmp_path / "indexed.png", (0, 1))[0], classes)
+    Image.fromarray(np.dstack([classes] * 3)).save(tmp_path / "grey-as-colour.png")
+    assert np.array_equal(read_mask(picture, tmp_path / "grey-as-colour.png", (0, 1))[0], classes)
     with pytest.raises(UnreadableFile, match="colours where one class"):
-        Image.fromarray(np.dstack([classes] * 3)).save(tmp_path / "colour.png")
+        Image.fromarray(np.dstack([classes, classes * 2, classes])).save(tmp_path / "colour.png")
         read_mask(picture, tmp_path / "colour.png", (0, 1))
 
 
