@@ -48,6 +48,7 @@ class _SiteFile(BaseModel):
     data: str
     index: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    layout: str = ""
     transfer: Transfer = Transfer()
     processes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
     cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -58,6 +59,7 @@ class SiteHome:
     """One site's folder. `index` names CSV files in `data`, as the plan's [simulation] or the site wrote them.
 
     `processes` train together; None is one a GPU. `only` are patterns that a file's name or path in `data` must match.
+    `layout` names that of a published set, if the images are one.
     `cache_gb` (10^9 bytes) is what prepared images may take; None is all but the last of the disk.
     """
 
@@ -69,6 +71,7 @@ class SiteHome:
     processes: int | None = None
     only: tuple[str, ...] = ()
     cache_gb: float | None = None
+    layout: str = ""
 
     @property
     def spool(self) -> Path:
@@ -125,4 +128,5 @@ def load_home(root: Path) -> SiteHome:
         values.processes,
         values.only,
         values.cache_gb,
+        values.layout,
     )

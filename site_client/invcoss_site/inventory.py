@@ -11,7 +11,7 @@ import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -23,6 +23,7 @@ from invcoss_site.ingest import FORMATS, OTHERS, format_of, suffixes
 from invcoss_site.ingest.dicom import is_dicom
 from invcoss_site.ingest.sample import Finding, check_not_empty
 from invcoss_site.ingest.series import Header, find_series, header_of
+from invcoss_site.layouts import published
 
 HELD_OUT = "test"  # the split that is never trained on
 SPLITS = ("train", "val", HELD_OUT)
@@ -42,6 +43,7 @@ class Item:
     """One image: its file, its case (patient, slide, ...) and whether that case is held out from training.
 
     Of a series of DICOM slices, `path` is the first of `files`. `mask` and `split` are the index's, if there are any.
+    `part` is which image of a file of many it is.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Item:
     files: tuple[Path, ...]
     mask: Path | None = None
     split: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,18 @@ class Inventory:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file that may be an image. `case` and `split` are empty if nobody named them; `where` is the index's row."""
+    """A file that may be an image. `case` and `split` are empty if nobody named them; `where` is the index's row.
+
+    `files` are those of an image of several that aren't DICOM slices, `part` is as in `Item`.
+    """
 
     path: Path
     case: str = ""
     split: str = ""
     where: str = ""
     mask: Path | None = None
+    files: tuple[Path, ...] = ()
+    part: str = ""
 
 
 def take_inventory(
@@ -77,12 +85,13 @@ def take_inventory(
     index: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
     classes: Collection[str] = (),
+    layout: str = "",
 ) -> Inventory:
     """List the images under `data`; raises DataError when there is no folder, no image, or a useless index.
 
     The arguments are those of `list_images`.
     """
-    found = list_images(data, modality, index, only, classes)
+    found = list_images(data, modality, index, only, classes, layout)
     if not found.items:
         kind = FORMATS[modality.ndim]
         rejected = found.rejected
@@ -97,25 +106,32 @@ def list_images(
     index: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
     classes: Collection[str] = (),
+    layout: str = "",
 ) -> Inventory:
     """The images under `data`, perhaps none; raises DataError when there is no folder, or a useless index.
 
     `only` are patterns such as `*_T1w.nii.gz`; a file's name or path must match one of them. With `classes`, rows of an
-    index that have none of these labels are rejected.
+    index that have none of these labels are rejected. `layout` is that of a published set (`layouts.py`), "" for none.
     """
     suffixes(modality)
+    if layout and index:
+        raise DataError("layout: a published set has its own lists, and needs no index; leave one of them out")
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; set `data` in site.toml to the folder that holds the images")
     entries: list[_Entry] = []
     rejected: list[Finding] = []
-    for found in _listed(data, index, modality, classes) if index else _found(data, modality):
+    if layout:
+        candidates = _published(data, layout, modality)
+    else:
+        candidates = _listed(data, index, modality, classes) if index else _found(data, modality)
+    for found in candidates:
         if isinstance(found, Finding):
             rejected.append(found)
         elif _wanted(found.path.relative_to(data), only):
             entries.append(found)
     images, unreadable = _items(data, entries, modality)
     items, clashes = _without_split_cases(images)
-    if not index:
+    if not index and not any(entry.split for entry in entries):
         items = _some_held_out(items)
     items.sort(key=lambda item: item.path.relative_to(data).as_posix())
     rejected += [*unreadable, *clashes]
@@ -159,6 +175,14 @@ def _found(data: Path, modality: Modality) -> Iterator[_Entry | Finding]:
         elif path.name.lower().endswith(OTHERS):
             text = f"{path}: {path.suffix} files are not read; convert it to {FORMATS[modality.ndim]}"
             yield Finding(path, text, "not-this-format")
+
+
+def _published(data: Path, layout: str, modality: Modality) -> Iterator[_Entry | Finding]:
+    for found in published(data, layout, modality):
+        if isinstance(found, Finding):
+            yield found
+        else:
+            yield _Entry(found.files[0], found.patient, found.split, files=found.files, part=found.part)
 
 
 def _listed(
@@ -233,7 +257,7 @@ def _items(data: Path, entries: Iterable[_Entry], modality: Modality) -> tuple[l
         if format_of(entry.path, modality) == "dicom":
             dicoms.append(entry)
         else:
-            items.append((_item(data, entry, [entry.path]), entry.where))
+            items.append((_item(data, entry, entry.files or (entry.path,)), entry.where))
     with ThreadPoolExecutor(READERS) as threads:
         for entry, header in zip(dicoms, threads.map(_header, dicoms), strict=True):
             if isinstance(header, Finding):
@@ -257,19 +281,19 @@ def _header(entry: _Entry) -> Header | Finding:
         return Finding(entry.path, str(error), error.kind)
 
 
-def _item(data: Path, entry: _Entry, files: list[Path], header: Header | None = None) -> Item:
+def _item(data: Path, entry: _Entry, files: Sequence[Path], header: Header | None = None) -> Item:
     name = entry.path.relative_to(data).as_posix()
     subject = _SUBJECT.search(name)
     case = entry.case or (f"sub-{subject[1]}" if subject else "") or (header.patient if header else "") or name
     held_out = entry.split == HELD_OUT if entry.split else split_of(case)
-    return Item(files[0], case, held_out, tuple(files), entry.mask, entry.split)
+    return Item(files[0], case, held_out, tuple(files), entry.mask, entry.split, entry.part)
 
 
 def _without_split_cases(items: list[tuple[Item, str]]) -> tuple[list[Item], list[Finding]]:
     """Leave out every case that is in two splits: a model must not be judged on a patient it learned from."""
     sides = {(item.case, item.held_out) for item, _ in items}
     clashing = {case for case, count in Counter(case for case, _ in sides).items() if count > 1}
-    kept = {item.path: item for item, _ in items if item.case not in clashing}
+    kept = {(item.path, item.part): item for item, _ in items if item.case not in clashing}
     rejected = [
         Finding(item.path, f"{where or item.path}: its case is in train and test; put every case in one split", "index")
         for item, where in items

@@ -87,7 +87,7 @@ class Recipe:
         """Name of what `item`, whose files have these digests, becomes."""
         rows = self.modality.model_dump(mode="json"), self.geometry.model_dump(mode="json")
         settings = [RECIPE, *rows, self.spacing_mm, self.size(item)]
-        return _digest_of([settings, item.path.suffix.lower(), list(digests)])
+        return _digest_of([settings, item.path.suffix.lower(), item.part, list(digests)])
 
 
 def prepare(
@@ -155,7 +155,7 @@ def _find(store: SampleStore, item: Item, key: str) -> Entry | None:
 
 def _named(item: Item, key: str) -> str:
     """The key of what is known of just this item: findings name its files, which others may hold the same as."""
-    return _digest_of([key, *map(str, item.files)])
+    return _digest_of([key, *map(str, item.files), item.part])
 
 
 def _fill(
@@ -229,7 +229,7 @@ def _reader(recipe: Recipe) -> Callable[[Item], Read]:
 
     def read(item: Item) -> Read:
         try:
-            samples = read_samples(item.files, modality)
+            samples = read_samples(item.files, modality, item.part)
             images = [model_values(sample, modality, spacing_mm) for sample in samples]
         except UnreadableFile as error:
             return None, Notes(quarantined=(Finding(item.path, str(error), error.kind),))

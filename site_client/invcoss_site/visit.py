@@ -88,7 +88,7 @@ def assist(handoff: HandOff, home: SiteHome) -> None:
 
 def site_images(home: SiteHome, task: Task, on_status: OnStatus) -> SiteImages:
     """This site's images of the task's modality, ready for the model; damaged files are quarantined."""
-    inventory = take_inventory(home.data, task.modality, home.index, home.only)
+    inventory = take_inventory(home.data, task.modality, home.index, home.only, layout=home.layout)
     tell = counter(on_status, "reading")
     limit = None if home.cache_gb is None else round(home.cache_gb * 1e9)
     return prepare(inventory, task.modality, task.geometry, task.spacing_mm, home.cache, tell, limit)

@@ -122,9 +122,9 @@ def readings(monkeypatch):
     """The names of the files that are read from now on."""
     names = []
 
-    def read(files, modality):
+    def read(files, modality, part):
         names.append(files[0].name)
-        return read_samples(files, modality)
+        return read_samples(files, modality, part)
 
     monkeypatch.setattr("invcoss_site.prepare.read_samples", read)
     return names
@@ -184,10 +184,10 @@ def test_what_was_stored_before_a_kill_is_not_read_again(tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_read_is_left_out_this_time(tmp_path, monkeypatch):
     data = folder_of_pictures(tmp_path / "data")
 
-    def slow(files, modality):
+    def slow(files, modality, part):
         if files[0].name == "1.png":
             os.utime(files[0], (1, 1))
-        return read_samples(files, modality)
+        return read_samples(files, modality, part)
 
     monkeypatch.setattr("invcoss_site.prepare.read_samples", slow)
     images = ready(data, tmp_path / "cache")

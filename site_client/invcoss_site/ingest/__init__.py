@@ -10,12 +10,14 @@ from typing import Literal
 from invcoss_common.errors import DataError
 from invcoss_common.modality import Modality
 from invcoss_site.ingest import slide
+from invcoss_site.ingest.arrays import read_image
 from invcoss_site.ingest.checks import doubts
 from invcoss_site.ingest.dicom import is_dicom, read_dicom_picture
 from invcoss_site.ingest.image import read_picture
 from invcoss_site.ingest.nifti import read_nifti
 from invcoss_site.ingest.sample import Sample, check_not_empty
 from invcoss_site.ingest.series import read_series
+from invcoss_site.ingest.stack import read_stack
 
 Format = Literal["picture", "slide", "volume", "dicom"]
 
@@ -54,14 +56,15 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) or is_dicom(path)
 
 
-def read_samples(files: Sequence[Path], modality: Modality) -> list[Sample]:
+def read_samples(files: Sequence[Path], modality: Modality, part: str = "") -> list[Sample]:
     """The images in `files`: one picture or volume in one file or series of slices, or the tiles of a slide.
 
+    `part` is which image of a file of many, as the inventory says.
     Raises UnreadableFile, with path, reason and remedy, for whatever must not be trained on.
     """
     for path in files:
         check_not_empty(path)
-    samples = _read(files, modality)
+    samples = [read_image(files[0], part, modality.ndim, modality.channels)] if part else _read(files, modality)
     return [replace(sample, warnings=(*sample.warnings, *doubts(sample, modality))) for sample in samples]
 
 
@@ -76,4 +79,4 @@ def _read(files: Sequence[Path], modality: Modality) -> list[Sample]:
             return slide.read_slide(path)
     if modality.channels == 3 and path.suffix.lower() in (".tif", ".tiff") and slide.is_slide(path):
         return slide.read_slide(path)
-    return [read_picture(path, modality.channels)]
+    return [read_stack(files) if modality.ndim == 3 else read_picture(path, modality.channels)]
