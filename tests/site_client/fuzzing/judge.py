@@ -22,7 +22,7 @@ from invcoss_site.ingest.text import MAX_CHARS, read_texts
 from invcoss_site.ingest.values import MAX_VOXELS, model_values
 from invcoss_site.inventory import Item, list_images
 
-LONGEST_S = 10.0
+LONGEST_S = 10.0  # of processor time: what else the machine does is not the reader's
 MEMORY_MB = 2000.0  # of the whole process, Python and PyTorch included
 LONGEST_REASON = 1000  # characters
 SPACING_MM = (1.5, 1.0, 1.0)  # that volumes are also resampled to
@@ -37,12 +37,16 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind` is the kind of a quarantine, `failure` what is wrong, or ""; `peak_mb` is that of the whole process."""
+    """`kind` is the kind of a quarantine, `failure` what is wrong, or "".
+
+    `seconds` are the processor's, `waited_s` the clock's, `peak_mb` is of the whole process.
+    """
 
     outcome: Outcome
     kind: str
     failure: str
     seconds: float
+    waited_s: float
     peak_mb: float
     reason: str = ""
     trace: str = ""
@@ -53,7 +57,8 @@ def judge(folder: Path, seed: Seed, data: bytes) -> Verdict:
     for name, content in {**seed.others, seed.name: data}.items():
         (folder / name).write_bytes(content)
     _forget_peak()
-    began, outcome, kind, reason, failure, trace = time.perf_counter(), "read", "", "", "", ""
+    began, worked = time.perf_counter(), time.process_time()
+    outcome, kind, reason, failure, trace = "read", "", "", "", ""
     try:
         finding = _read(folder, seed)
         if finding:
@@ -61,12 +66,12 @@ def judge(folder: Path, seed: Seed, data: bytes) -> Verdict:
             failure = _wrong_with(finding, folder)
     except Exception as error:
         outcome, failure, trace = "failed", f"{type(error).__name__}: {str(error)[:300]!r}", traceback.format_exc()
-    seconds, peak_mb = time.perf_counter() - began, _peak_mb()
+    seconds, waited_s, peak_mb = time.process_time() - worked, time.perf_counter() - began, _peak_mb()
     if not failure and seconds > LONGEST_S:
         failure = f"it took {seconds:.1f} s"
     if not failure and peak_mb > MEMORY_MB:
         failure = f"it took {peak_mb:.0f} MB"
-    return Verdict("failed" if failure else outcome, kind, failure, seconds, peak_mb, reason, trace)  # type: ignore[arg-type]
+    return Verdict("failed" if failure else outcome, kind, failure, seconds, waited_s, peak_mb, reason, trace)  # type: ignore[arg-type]
 
 
 def _read(folder: Path, seed: Seed) -> Finding | None:
