@@ -23,7 +23,6 @@ commands = typer.Typer()
 class FailOn(StrEnum):
     """What a caller won't have in a folder."""
 
-    none = "none"
     quarantined = "quarantined"
     warnings = "warnings"
     identity = "identity"
@@ -40,6 +39,12 @@ def check_data(
         list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="pattern of the names to use, such as '*_T1w.nii.gz'")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="a label that rows of the index may have; other rows are not used")
+    ] = None,
+    mask_class: Annotated[
+        list[int] | None, typer.Option(help="a class that masks of the index may have, 0 too; other masks are refused")
+    ] = None,
     size: Annotated[
         SizeName, typer.Option(help="size of model, to count images that are smaller than its input")
     ] = "nano",
@@ -64,14 +69,23 @@ def check_data(
             progress.update(bar, completed=done, total=of)
 
         if modality == TEXT:
-            if index or only:
-                raise DataError("--index and --only are for images; texts say their splits themselves")
+            if index or only or label or mask_class:
+                raise DataError("--index, --only, --label and --mask-class are for images; texts hold their own splits")
             survey = take_text_survey(folder, on_item)
         else:
             row = lookup(modality, MODALITIES)
-            names = tuple(index or ()), tuple(only or ())
             survey = take_survey(
-                folder, modality, row, *names, size=size, jobs=jobs, thumbnails=report is not None, on_item=on_item
+                folder,
+                modality,
+                row,
+                tuple(index or ()),
+                tuple(only or ()),
+                size=size,
+                jobs=jobs,
+                labels=label or (),
+                mask_classes=mask_class,
+                thumbnails=report is not None,
+                on_item=on_item,
             )
     if report:
         write_atomic(report, page(survey).encode())
@@ -97,7 +111,7 @@ def _judge(survey: Survey, fail_on: list[FailOn]) -> None:
         raise DataError(f"{survey.folder}: {text} in an index which are held out{first}")
     signs = [one.level for one in survey.identity]
     counted = {
-        "quarantined": len(survey.quarantined),
+        "quarantined": len(survey.quarantined) + len(survey.masks.refused),
         "warnings": len(survey.warnings)
         + len(survey.duplicates)
         + len(survey.in_two_splits)

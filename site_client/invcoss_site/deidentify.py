@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import nibabel as nib
 import pydicom
 import tifffile
-from PIL import Image
+from PIL import ExifTags, Image
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
@@ -82,6 +82,7 @@ _TEXTS: dict[str, re.Pattern[str]] = {
     "a telephone number": re.compile(r"(?<!\d)\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}(?!\d)"),
 }
 _HASH = re.compile(r"(?=[0-9]*[a-f])[0-9a-f]{16,}", re.I)
+_FIELDS = ("comment", "Comment", "Description", "Title", "Author", "Source", "XML:com.adobe.xmp", "xmp")  # of pictures
 _CERTAIN = ("a name written with ^", "a number called a patient's")
 
 
@@ -179,17 +180,18 @@ def _in_nifti(path: Path) -> Iterator[Sign]:
 
 def _in_picture(path: Path) -> Iterator[Sign]:
     with Image.open(path) as image:
-        fields = {
-            f"picture's field {key}": value for key, value in image.info.items() if isinstance(value, (str, bytes))
-        }
+        fields = {key: value for key, value in image.info.items() if key not in ("icc_profile", "exif")}
         exif = image.getexif()
-    if 0x8825 in exif:
+    for key, value in fields.items():
+        yield from signs_in_text(f"picture's field {key}" if key in _FIELDS else "a picture's field", _as_text(value))
+    if exif.get_ifd(ExifTags.IFD.GPSInfo):
         yield Sign("suspicion", "EXIF", "a place (GPS)")
-    fields |= {"EXIF": " ".join(str(value) for value in exif.values())}
-    for where, value in fields.items():
-        if "icc_profile" not in where and "exif" not in where:
-            text = value.decode("latin-1") if isinstance(value, bytes) else value
-            yield from signs_in_text(where, text)
+    for value in (*exif.values(), exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, "")):
+        yield from signs_in_text("EXIF", _as_text(value))
+
+
+def _as_text(value: object) -> str:
+    return value.replace(b"\0", b"").decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def _in_tiff(path: Path) -> Iterator[Sign]:

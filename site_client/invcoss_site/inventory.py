@@ -1,7 +1,8 @@
 """What images a site has: which files belong to which case and which cases are held out; reads no pixel.
 
-With an index (CSV files with columns `file`, `case` or `patient`, and perhaps `split`, `mask`, `label`) only what it
-lists is used; a row may name a folder of DICOM slices. Without one every file of the modality's formats is.
+With an index (CSV files with columns `file`, `case` or `patient`, and perhaps `split`, `label` and `mask`, or a name
+that ends in `_mask`) only what it lists is used; a row may name a folder of DICOM slices. Without one every file of the
+modality's formats is.
 A case that no index names is the file's BIDS subject (`sub-x` in its path), its DICOM patient, or the file itself.
 """
 
@@ -192,7 +193,7 @@ def _listed(
     for name in index:
         file = data / name
         for number, row in _rows(file):
-            cells = {column: (value or "").strip() for column, value in row.items() if column}
+            cells = {_column(name): (value or "").strip() for name, value in row.items() if name}
             relative, split = cells.get("file", ""), cells.get("split", "")
             path = data / relative
             where = f"{file}, row {number}"
@@ -205,6 +206,10 @@ def _listed(
                 slices = sorted(one for one in path.iterdir() if is_dicom(one)) if path.is_dir() else [path]
                 for one in slices:
                     yield _Entry(one, case, split, where, mask)
+
+
+def _column(name: str) -> str:
+    return "mask" if name.endswith("_mask") else name
 
 
 def _why_not(data: Path, cells: dict[str, str], modality: Modality, classes: Collection[str]) -> str:

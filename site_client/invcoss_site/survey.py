@@ -9,7 +9,7 @@ import hashlib
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -43,17 +43,22 @@ def take_survey(
     *,
     size: SizeName = "nano",
     jobs: int | None = None,
+    labels: Collection[str] = (),
+    mask_classes: Collection[int] | None = None,
     thumbnails: bool = False,
     on_item: OnItem | None = None,
 ) -> Survey:
-    """Read every image of `data` with `jobs` processes; raises DataError without a folder, or for a useless index."""
-    inventory = list_images(data, modality, index, only)
+    """Read every image of `data` with `jobs` processes; raises DataError without a folder, or for a useless index.
+
+    `labels` are those that rows of the index may have, if any will do not, and `mask_classes` those of masks.
+    """
+    inventory = list_images(data, modality, index, only, labels)
     items = inventory.items
     jobs = jobs or min(os.cpu_count() or 1, 1 + len(items) // INLINE)
     chosen = {round(n * (len(items) - 1) / (SHOWN - 1)) for n in range(SHOWN)} if items else set()
     odd: Counter[str] = Counter()
     each = []
-    look = partial(facts_of, data=data, name=name, modality=modality, thumbnail=thumbnails)
+    look = partial(facts_of, data=data, name=name, modality=modality, thumbnail=thumbnails, mask_classes=mask_classes)
     for number, facts in enumerate(_looked_at(look, items, jobs, data)):
         kinds = {one.kind for one in (facts.quarantined, *facts.warnings) if one}
         wanted = number in chosen or any(odd[kind] < SHOWN_ODD for kind in kinds)
@@ -64,7 +69,7 @@ def take_survey(
     smallest = geometry_for(modality, size).size
     small = sum(any(n < m for n, m in zip(one.shape, smallest, strict=True)) for one in each if one.images)
     rejected = tuple(Remark(file=_within(one.path, data), kind=one.kind, text=one.reason) for one in inventory.rejected)
-    unlisted = _unlisted(data, index, inventory) if index else 0
+    unlisted = _unlisted(data, inventory) if index else 0
     return summed(data, name, each, rejected, size=size, enlarged=small, unlisted=unlisted)
 
 
@@ -154,7 +159,7 @@ def _alone(look: Look, item: Item, data: Path) -> Facts:
             return Facts.model_validate({**blank(item, data), "quarantined": fault})
 
 
-def _unlisted(data: Path, index: tuple[str, ...], inventory: Inventory) -> int:
+def _unlisted(data: Path, inventory: Inventory) -> int:
     listed = {path for item in inventory.items for path in (*item.files, item.mask)}
     listed |= {one.path for one in inventory.rejected}
     found = (path for path in data.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from invcoss_common.errors import UnreadableFile
 from invcoss_common.modality import Modality
-from invcoss_site.burnt_in import text_suspected
+from invcoss_site.burnt_in import Region, suspected_text
 from invcoss_site.deidentify import Sign, signs_in_file, signs_in_name
 from invcoss_site.ingest import format_of, read_samples
+from invcoss_site.ingest.masks import read_mask
 from invcoss_site.ingest.sample import Finding, Sample
 from invcoss_site.ingest.values import Values, resample, unit_range
 from invcoss_site.inventory import Item
@@ -71,12 +73,18 @@ class Facts(BaseModel):
     content: str = Field(default="", description="hash of its values, whatever the format")
     quarantined: Remark | None = None
     warnings: tuple[Remark, ...] = ()
+    mask_classes: tuple[int, ...] = Field(default=(), description="in the mask that an index names, if it fits")
+    mask_refused: Remark | None = Field(
+        default=None, description="the image is used all the same: a visit needs no mask"
+    )
     signs: tuple[Sign, ...] = Field(default=(), exclude=True)
     thumbnail: bytes = Field(default=b"", exclude=True, repr=False)
 
 
-def facts_of(item: Item, data: Path, name: str, modality: Modality, thumbnail: bool) -> Facts:
-    """Read and measure one image; whatever is wrong with it becomes a part of the answer."""
+def facts_of(
+    item: Item, data: Path, name: str, modality: Modality, thumbnail: bool, mask_classes: Collection[int] | None = None
+) -> Facts:
+    """Read and measure one image, and its mask; whatever is wrong with them becomes a part of the answer."""
     facts = blank(item, data)
     signs = {*signs_in_name(item.path.relative_to(data))}
     for path in item.files:
@@ -84,6 +92,7 @@ def facts_of(item: Item, data: Path, name: str, modality: Modality, thumbnail: b
     facts |= {"signs": tuple(sorted(signs)), "format": FORMAT_NAMES.get(format_of(item.path, modality) or "", "")}
     warnings: list[Finding] = []
     samples: list[Sample] = []
+    letters: Region | None = None
     if facts["format"] == "DICOM":
         facts |= _in_header(item)
     try:
@@ -92,17 +101,31 @@ def facts_of(item: Item, data: Path, name: str, modality: Modality, thumbnail: b
         warnings += dict.fromkeys(one for sample in samples for one in sample.warnings)
         scaled = [unit_range(sample, modality) for sample in samples]
         facts["images"] = len(samples)
-        facts["histogram"] = tuple(np.sum([np.histogram(_few(one), BINS, (0, 1))[0] for one in scaled], axis=0).tolist())
-        warnings += _doubts(item.path, samples[0], scaled[0], name, modality, str(facts["modality"]))
+        counts = [np.histogram(_few(one), BINS, (0, 1))[0] for one in scaled]
+        facts["histogram"] = tuple(np.sum(counts, axis=0).tolist())
+        if modality.ndim == 2 and modality.channels == 1 and (letters := suspected_text(scaled[0][0])):
+            text = "text seems to be burnt in; look at it, and leave it out if it names anybody"
+            warnings.append(Finding(item.path, f"{item.path}: {text}", "burnt-in"))
+        warnings += _doubts(item.path, samples[0], name, str(facts["modality"]))
+        if item.mask:
+            facts |= _of_mask(item.mask, str(facts["file"]), samples[0], mask_classes)
     except UnreadableFile as error:
-        facts["quarantined"] = Remark(file=str(facts["file"]), kind=error.kind, text=str(error))
+        facts["quarantined"], warnings = Remark(file=str(facts["file"]), kind=error.kind, text=str(error)), []
     except Exception as error:  # a fault of a reader: a visit would end here, a survey must not
-        facts["quarantined"] = unexpected(item, data, type(error).__name__)
+        facts["quarantined"], warnings = unexpected(item, data, type(error).__name__), []
     if thumbnail and samples:
         with suppress(Exception):  # of an image that is quarantined for its values
-            facts["thumbnail"] = shown(samples[0], modality)
+            facts["thumbnail"] = shown(samples[0], modality, letters)
     facts["warnings"] = tuple(Remark(file=str(facts["file"]), kind=one.kind, text=one.reason) for one in warnings)
     return Facts.model_validate(facts)
+
+
+def _of_mask(path: Path, file: str, image: Sample, classes: Collection[int] | None) -> dict[str, object]:
+    """Which classes the mask of an image has, or why the pair is refused."""
+    try:
+        return {"mask_classes": tuple(np.unique(read_mask(image, path, classes)).tolist())}
+    except UnreadableFile as error:
+        return {"mask_refused": Remark(file=file, kind=error.kind, text=str(error))}
 
 
 def blank(item: Item, data: Path) -> dict[str, object]:
@@ -167,11 +190,9 @@ def _few(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return flat[:: max(1, flat.size // LOOKED_AT)].astype(np.float32)
 
 
-def _doubts(path: Path, sample: Sample, scaled: Values, name: str, row: Modality, said: str) -> list[Finding]:
-    """What is odd beyond what a visit warns of."""
+def _doubts(path: Path, sample: Sample, name: str, said: str) -> list[Finding]:
+    """What is odd beyond what a visit warns of; `said` is the modality in a DICOM header."""
     found = []
-    if row.ndim == 2 and row.channels == 1 and text_suspected(scaled[0]):
-        found.append(("burnt-in", "text seems to be burnt in; look at it, and leave it out if it names anybody"))
     if said and said not in DICOM_MODALITIES.get(name, {said}):
         found.append(("modality", f"the file says that its modality is {said}; is it in the right folder?"))
     if sample.spacing_mm and not all(USUAL_MM[0] <= mm <= USUAL_MM[1] for mm in sample.spacing_mm):
@@ -180,8 +201,8 @@ def _doubts(path: Path, sample: Sample, scaled: Values, name: str, row: Modality
     return [Finding(path, f"{path}: {text}", kind) for kind, text in found]
 
 
-def shown(sample: Sample, modality: Modality) -> bytes:
-    """A small JPEG: a picture, or the three middle planes of a volume (axial, coronal, sagittal)."""
+def shown(sample: Sample, modality: Modality, letters: Region | None = None) -> bytes:
+    """A small JPEG: a picture and its `letters`, or the middle planes of a volume (axial, coronal, sagittal)."""
     try:
         values = unit_range(sample, modality)
     except UnreadableFile:  # constant, or not in its units: as it is
@@ -196,6 +217,8 @@ def shown(sample: Sample, modality: Modality) -> bytes:
         upright = values[:, ::-1]  # the head is up
         planes = [(values[:, depth], h / w), (upright[:, :, height], d / w), (upright[:, :, :, width], d / h)]
     tiles = [_fitted(np.ascontiguousarray(plane), stretch) for plane, stretch in planes]
+    if letters:
+        tiles.append(_fitted(np.ascontiguousarray(values[(slice(None), *letters)]), widest=2 * THUMBNAIL))
     strip = np.concatenate([np.pad(tile, ((0, 0), (0, 0), (0, 3))) for tile in tiles], axis=2)[:, :, :-3]
     pixels = (strip.clip(0, 1) * 255).astype(np.uint8)
     buffer = BytesIO()
@@ -203,10 +226,10 @@ def shown(sample: Sample, modality: Modality) -> bytes:
     return buffer.getvalue()
 
 
-def _fitted(plane: Values, stretch: float) -> Values:
-    """A plane (C, h, w), its pixels `stretch` times as high as wide, within a square, black around it."""
+def _fitted(plane: Values, stretch: float = 1.0, widest: int = THUMBNAIL) -> Values:
+    """A plane (C, h, w), its pixels `stretch` times as high as wide, at most `widest` wide, black around it."""
     height, width = plane.shape[1] * stretch, plane.shape[2]
-    factor = THUMBNAIL / max(height, width)
+    factor = min(THUMBNAIL / height, widest / width)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     small = resample(plane.astype(np.float32), size)
     top = (THUMBNAIL - size[0]) // 2

@@ -93,6 +93,7 @@ def page(survey: Survey) -> str:
     return environment.get_template("survey.html.j2").render(
         survey=survey,
         quarantined=groups(survey.quarantined, survey),
+        refused=groups(survey.masks.refused, survey),
         warned=groups(survey.warnings, survey),
         usual=[usual[int(n * step)] for n in range(min(SHOWN, len(usual)))],
         sure=[one for one in survey.identity if one.level == "identity"],
@@ -142,7 +143,12 @@ def print_survey(survey: Survey, console: Console) -> None:
     if survey.enlarged:
         lines("enlarged:", [f"{survey.enlarged} images are smaller than the input of a {survey.size} model"])
     if survey.unlisted:
-        lines("not in the index, so not used:", [f"{survey.unlisted} image files of the folder, masks not counted"])
+        lines("not in the index, so not used:", [f"{survey.unlisted} image files of the folder"])
+    if survey.masks.fit or survey.masks.refused:
+        classes = ", ".join(f"{one} in {n}" for one, n in survey.masks.classes.items())
+        lines(f"masks: {survey.masks.fit} fit their images; classes: {classes or 'none'}", ())
+    if survey.masks.refused:
+        lines(f"masks refused, their images are used: {len(survey.masks.refused)}", _tell(survey.masks.refused))
     lines(f"not used: {len(survey.quarantined)}", _tell(survey.quarantined))
     if survey.warnings:
         lines(f"used, but look at them: {len(survey.warnings)}", _tell(survey.warnings))

@@ -61,6 +61,14 @@ class Duplicates(BaseModel):
     both_sides: bool
 
 
+class Masks(BaseModel):
+    """Of those that an index names: how many fit their images, how many of these have each class, and which don't."""
+
+    fit: int
+    classes: dict[int, int]
+    refused: tuple[Remark, ...]
+
+
 class Axes(BaseModel):
     files: int
     first: str
@@ -90,6 +98,7 @@ class Survey(BaseModel):
     spacings_mm: tuple[Spread, ...]
     values: dict[str, Spread]
     histogram: tuple[int, ...]
+    masks: Masks
     duplicates: tuple[Duplicates, ...]
     in_two_splits: tuple[Remark, ...]
     identity: tuple[Signs, ...]
@@ -139,6 +148,7 @@ def summed(
         spacings_mm=tuple(map(_spread, zip(*(one.spacing_mm for one in used if one.spacing_mm), strict=True))),
         values=_values(used),
         histogram=tuple(map(sum, zip(*(one.histogram for one in used if one.histogram), strict=True))) or (0,) * BINS,
+        masks=_masks(used),
         duplicates=_duplicates(used),
         in_two_splits=(*clashing, *_in_two_splits(used)),
         identity=_identity(each),
@@ -170,6 +180,15 @@ def _splits(each: list[Facts]) -> tuple[Split, ...]:
             quarantined=sum(one.quarantined is not None for one in group),
         )
         for name, group in sorted(groups.items(), key=lambda found: -len(found[1]))
+    )
+
+
+def _masks(used: list[Facts]) -> Masks:
+    classes = Counter(one for facts in used for one in facts.mask_classes)
+    return Masks(
+        fit=sum(bool(one.mask_classes) for one in used),
+        classes=dict(sorted(classes.items())),
+        refused=tuple(one.mask_refused for one in used if one.mask_refused),
     )
 
 

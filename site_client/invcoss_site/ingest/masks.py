@@ -16,11 +16,11 @@ from invcoss_site.ingest.sample import Pixels, Sample, check_not_empty, unreadab
 Mask = npt.NDArray[np.int64]
 
 
-def read_mask(image: Sample, path: Path, classes: Collection[int]) -> Mask:
+def read_mask(image: Sample, path: Path, classes: Collection[int] | None) -> Mask:
     """The mask in `path` as classes (1, *spatial), where `image` has (C, *spatial). Raises UnreadableFile.
 
-    It must have the image's shape, for a volume also its spacing, and no value but `classes`. The values of an indexed
-    picture are its indices.
+    It must have the image's shape, for a volume also its spacing, and no value but `classes`, if they are known. The
+    values of an indexed picture are its indices.
     """
     check_not_empty(path)
     pixels = _volume(image, path) if image.spacing_mm else _picture(path)
@@ -28,10 +28,12 @@ def read_mask(image: Sample, path: Path, classes: Collection[int]) -> Mask:
         shapes = [tuple(reversed(found.shape[1:])) for found in (pixels, image.pixels)]
         text = f"mask has shape {shapes[0]} and its image {image.path} {shapes[1]}; pair it with its own image"
         raise unreadable(path, "mask", text)
-    strange = [value for value in np.unique(pixels).tolist() if value not in classes]
+    strange = [
+        value for value in np.unique(pixels).tolist() if (value % 1 if classes is None else value not in classes)
+    ]
     if strange:
-        known = ", ".join(str(one) for one in sorted(classes))
-        raise unreadable(path, "mask", f"class {strange[0]:g} is not one of {known}; correct the mask")
+        known = "a whole number" if classes is None else f"one of {', '.join(str(one) for one in sorted(classes))}"
+        raise unreadable(path, "mask", f"class {strange[0]:g} is not {known}; correct the mask")
     return np.asarray(pixels, dtype=np.int64)
 
 
