@@ -11,7 +11,7 @@ from PIL import Image
 from tests.site_client import published
 
 from invcoss_common.errors import DataError, UnreadableFile
-from invcoss_site.downstream.augment import augmented, coloured
+from invcoss_site.downstream.augment import augmented, coloured, elastic
 from invcoss_site.downstream.reading import Reader, TaskBatches, random_window, read_case
 from invcoss_site.downstream.sets import find_cases
 from invcoss_site.downstream.sets.cases import Case, of_split
@@ -220,15 +220,28 @@ def test_spatial_changes_keep_image_and_mask_together():
     task = own(augment="spatial", classes=("box",))
     agree, changed = [], 0
     for seed in range(12):
-        image, mask = augmented(task, box * 10, box, seed)
+        image, mask = augmented(task, box, box, seed)
         assert type(image) is type(mask) is torch.Tensor
-        assert image.shape == box.shape and set(mask.unique().tolist()) <= {0.0, 1.0}
+        assert image.shape == box.shape and 0 <= image.min() < image.max() <= 1
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
         inside, outside = image[mask == 1].mean(), image[mask == 0].mean()
         agree.append(float(inside - outside))
-        changed += not torch.equal(image, box * 10)
-    assert min(agree) > 5 and changed >= 6
+        changed += not torch.equal(image, box)
+    assert min(agree) > 0.5 and changed >= 6
     plain, _ = augmented(task.model_copy(update={"augment": "none"}), box, box, 0)
     assert torch.equal(plain, box)
+
+
+@pytest.mark.parametrize("size", [(48, 40), (20, 32, 28)])
+def test_elastic_changes_bend_image_and_mask_alike_and_smoothly(size):
+    ramps = torch.stack(torch.meshgrid(*(torch.arange(float(side)) for side in size), indexing="ij"))
+    marks = (ramps[:1] > size[0] / 2).float()
+    bent, mask = elastic(ramps, marks, torch.Generator().manual_seed(4))
+    inner = (slice(None), *(slice(6, side - 6) for side in size))
+    moved = (bent - ramps)[inner]
+    assert 0.5 < float(moved.std()) < 3.5 and float(moved.diff(dim=1).abs().max()) < 1
+    agree = (mask[0] == (bent[0] > size[0] / 2)).float().mean()  # but for rounding at the edge
+    assert float(agree) > 0.95 and not torch.equal(mask, marks)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -35,7 +35,7 @@ def read_prepared(path: Path) -> tuple[Values, Mask]:
         raise unreadable(path, "mask", text)
     if not np.isfinite(image).all():
         raise unreadable(path, "not-finite", "some values are NaN or infinite; prepare the volume again")
-    if (mask % 1).any():
+    if mask.dtype.kind == "f" and not np.array_equal(mask, np.rint(mask)):
         raise unreadable(path, "mask", "some classes are no whole numbers; prepare the volume again")
     whole = np.maximum(mask.astype(np.int64), 0)  # nnU-Net marks what lies outside the body as -1
     return np.ascontiguousarray(image[None], dtype=np.float32), np.ascontiguousarray(whole[None])
