@@ -16,6 +16,7 @@ from invcoss_common.errors import ChainError, DataError
 from invcoss_common.modality import MODALITIES
 from invcoss_common.verifier import Keys, KnownHead, Last, read_keys, show, tell_verified, verify_chain
 from invcoss_site.cli_data import commands as data_commands
+from invcoss_site.cli_downstream import commands as downstream_commands
 from invcoss_site.cli_policy import commands as policy_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -24,6 +25,7 @@ Part = Literal["all", "agent", "network"]
 SiteFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="the site's own folder")]
 app.command()(verify_chain)
 app.add_typer(data_commands)
+app.add_typer(downstream_commands)
 app.add_typer(policy_commands)
 ModalityName = Annotated[str, typer.Option("--modality", help=f"one of {', '.join(sorted(MODALITIES))}")]
 

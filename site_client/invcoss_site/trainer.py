@@ -226,7 +226,7 @@ def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16"
 
 
-def _checkpoint_tensors(model: MultiModalMAE, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
     """Everything that a resumed run needs, as tensors: weights and both Adam moments by parameter name."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -237,8 +237,20 @@ def _checkpoint_tensors(model: MultiModalMAE, optimiser: torch.optim.AdamW) -> d
     return tensors
 
 
+def restore_state(tensors: dict[str, Tensor], model: nn.Module, optimiser: torch.optim.AdamW) -> None:
+    """Put back what `state_tensors` gave; raises WeightsError for tensors of another model."""
+    check_tensors(tensors, schema_of(state_tensors(model, optimiser)))
+    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    for name, parameter in model.named_parameters():
+        optimiser.state[parameter] = {
+            "step": tensors[f"adam_step/{name}"],
+            "exp_avg": tensors[f"adam_mean/{name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"adam_square/{name}"].to(parameter.device),
+        }
+
+
 def _save_checkpoint(path: Path, model: MultiModalMAE, optimiser: torch.optim.AdamW, progress: Progress) -> None:
-    tensors = _checkpoint_tensors(model, optimiser)
+    tensors = state_tensors(model, optimiser)
     tensors["counters"] = torch.tensor([progress.step, progress.skipped, progress.images], dtype=torch.int64)
     tensors["seconds"] = torch.tensor([progress.train_seconds, progress.wait_seconds], dtype=torch.float64)
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
@@ -250,11 +262,4 @@ def _load_checkpoint(path: Path, model: MultiModalMAE, optimiser: torch.optim.Ad
     progress.step, progress.skipped, progress.images = tensors.pop("counters").tolist()
     progress.train_seconds, progress.wait_seconds = tensors.pop("seconds").tolist()
     progress.losses = tensors.pop("losses").tolist()
-    check_tensors(tensors, schema_of(_checkpoint_tensors(model, optimiser)))
-    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-    for name, parameter in model.named_parameters():
-        optimiser.state[parameter] = {
-            "step": tensors[f"adam_step/{name}"],
-            "exp_avg": tensors[f"adam_mean/{name}"].to(parameter.device),
-            "exp_avg_sq": tensors[f"adam_square/{name}"].to(parameter.device),
-        }
+    restore_state(tensors, model, optimiser)
