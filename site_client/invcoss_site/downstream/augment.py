@@ -61,7 +61,7 @@ def augmented(task: Task, image: Tensor, mask: Tensor | None, seed: int) -> tupl
 def elastic(image: Tensor, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
     """Both bent alike: every voxel is moved along each axis, smoothly in space, by an SD of up to `ELASTIC_VOXELS`.
 
-    The field is drawn at a quarter of the resolution: it is far smoother than that, and takes a tenth of the time.
+    The field is drawn at a quarter of the resolution: it is far smoother than that, and this is much faster.
     """
     size, ndim = image.shape[1:], image.ndim - 1
     low, high = ELASTIC_SIGMA
