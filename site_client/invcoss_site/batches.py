@@ -79,7 +79,7 @@ class TrainingBatches(Dataset[Tensor]):
         """Image `index` (C, *geometry.size) as drawn."""
         if place and len(place) == 3 and isinstance(self.images, StoredImages):
             near = _floats(self.images.around(index, place))
-            image = near if float(near.std()) >= FOREGROUND else _floats(self.images[index])
+            image = near if _spread(near) >= FOREGROUND else _floats(self.images[index])
         elif place and len(place) == 4:
             top, left, height, width = place
             image = resize(_floats(self.images[index][:, top : top + height, left : left + width]), self.geometry)
@@ -90,6 +90,12 @@ class TrainingBatches(Dataset[Tensor]):
 
 def _floats(stored: npt.NDArray[np.float16]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(stored)).float()
+
+
+def _spread(image: Tensor) -> float:
+    """Standard deviation of the values; `std` took half of the time of a batch of sub-volumes, this a tenth."""
+    values = image.flatten()
+    return math.sqrt(max(float(values @ values) / len(values) - float(values.mean()) ** 2, 0.0))
 
 
 @lru_cache(maxsize=2)
