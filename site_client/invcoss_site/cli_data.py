@@ -39,6 +39,9 @@ def check_data(
         list[str] | None, typer.Option(help="CSV file in FOLDER that lists files, cases and splits")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="pattern of the names to use, such as '*_T1w.nii.gz'")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="FOLDER is a published set as distributed: mimic-cxr-jpg, deeplesion, adni, ...")
+    ] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="a label that rows of the index may have; other rows are not used")
     ] = None,
@@ -69,8 +72,9 @@ def check_data(
             progress.update(bar, completed=done, total=of)
 
         if modality == TEXT:
-            if index or only or label or mask_class:
-                raise DataError("--index, --only, --label and --mask-class are for images; texts hold their own splits")
+            if index or only or layout or label or mask_class:
+                options = "--index, --only, --layout, --label and --mask-class"
+                raise DataError(f"{options} are for images; texts hold their own splits")
             survey = take_text_survey(folder, on_item)
         else:
             row = lookup(modality, MODALITIES)
@@ -80,6 +84,7 @@ def check_data(
                 row,
                 tuple(index or ()),
                 tuple(only or ()),
+                layout or "",
                 size=size,
                 jobs=jobs,
                 labels=label or (),

@@ -136,7 +136,7 @@ def signs_in_dicom(dataset: Dataset) -> Iterator[Sign]:
 
 def _in_element(element: DataElement, removed: bool, undated: bool) -> Iterator[Sign]:
     keyword, vr = element.keyword, element.VR
-    if element.tag.group & 0xFF01 == 0x6000 and keyword == "OverlayData":
+    if element.tag.group & 0xFF01 == 0x6000 and element.tag.element == 0x3000:
         yield Sign("suspicion", "OverlayData", "graphics drawn over the image, which may hold text")
     if element.value is None or (vr != "SQ" and _empty(element)) or (vr == "SQ" and not element.value):
         return

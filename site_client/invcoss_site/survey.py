@@ -40,6 +40,7 @@ def take_survey(
     modality: Modality,
     index: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
+    layout: str = "",
     *,
     size: SizeName = "nano",
     jobs: int | None = None,
@@ -52,7 +53,7 @@ def take_survey(
 
     `labels` are those that rows of the index may have, if any will do not, and `mask_classes` those of masks.
     """
-    inventory = list_images(data, modality, index, only, labels)
+    inventory = list_images(data, modality, index, only, labels, layout)
     items = inventory.items
     jobs = jobs or min(os.cpu_count() or 1, 1 + len(items) // INLINE)
     chosen = {round(n * (len(items) - 1) / (SHOWN - 1)) for n in range(SHOWN)} if items else set()

@@ -96,7 +96,7 @@ def facts_of(
     if facts["format"] == "DICOM":
         facts |= _in_header(item)
     try:
-        samples = read_samples(item.files, modality)
+        samples = read_samples(item.files, modality, item.part)
         facts |= _measured(samples)
         warnings += dict.fromkeys(one for sample in samples for one in sample.warnings)
         scaled = [unit_range(sample, modality) for sample in samples]
@@ -131,7 +131,7 @@ def _of_mask(path: Path, file: str, image: Sample, classes: Collection[int] | No
 def blank(item: Item, data: Path) -> dict[str, object]:
     """What is known of an image that was not read."""
     return {
-        "file": item.path.relative_to(data).as_posix(),
+        "file": (item.path / item.part).relative_to(data).as_posix(),
         "case": item.case,
         "split": item.split,
         "held_out": item.held_out,

@@ -17,6 +17,7 @@ from invcoss_site.survey_facts import Facts, Remark
 from invcoss_site.survey_summary import Survey
 
 NAMED = 200  # files named of each kind on the page; all are in the JSON
+LEAST = 10  # groups of duplicates that are shown at once
 TOLD = 12  # the same on the terminal
 
 # What each kind of finding means to who looks after the images, and what to do.
@@ -100,6 +101,7 @@ def page(survey: Survey) -> str:
         unsure=[one for one in survey.identity if one.level == "suspicion"],
         leaks=[one for one in survey.duplicates if one.both_sides],
         named=NAMED,
+        least=LEAST,
         software=__version__,
     )
 
@@ -120,6 +122,8 @@ def print_survey(survey: Survey, console: Console) -> None:
     for split in survey.splits:
         table.add_row(split.name, str(split.images), str(split.cases), str(split.quarantined))
     console.print(table)
+    if survey.patients:
+        lines(f"patients by DICOM: {survey.patients}", ())
     for title, counts in (
         ("files", survey.formats),
         ("DICOM modality", survey.modalities),

@@ -90,9 +90,11 @@ class Survey(BaseModel):
     enlarged: int = Field(description="images smaller than the input of a model of this size")
     unlisted: int = Field(description="images in the folder that no index names")
     found: int = Field(description="images that were read")
+    files: int = Field(description="that they are made of; slices of a series are many")
     splits: tuple[Split, ...]
     formats: dict[str, int]
     modalities: dict[str, int]
+    patients: int = Field(description="different ones, as DICOM files say")
     scanners: dict[str, int]
     shapes: dict[str, int]
     spacings_mm: tuple[Spread, ...]
@@ -140,9 +142,11 @@ def summed(
         enlarged=enlarged,
         unlisted=unlisted,
         found=len(each),
+        files=sum(one.files for one in each),
         splits=_splits(each),
         formats=_counted(one.format for one in each),
         modalities=_counted(one.modality for one in each),
+        patients=len({one.patient for one in each if one.patient}),
         scanners=_counted(one.scanner for one in each),
         shapes=_counted(" × ".join(map(str, one.shape)) for one in used if len(one.shape) > 1),
         spacings_mm=tuple(map(_spread, zip(*(one.spacing_mm for one in used if one.spacing_mm), strict=True))),
@@ -198,7 +202,7 @@ def _spread(numbers: Sequence[float]) -> Spread:
 
 
 def _values(used: list[Facts]) -> dict[str, Spread]:
-    names = ("lowest", "1 % below", "median", "99 % below", "highest")
+    names = ("lowest", "1st percentile", "median", "99th percentile", "highest")
     columns = zip(*(one.values for one in used if len(one.values) == len(names)), strict=True)
     return {name: _spread(column) for name, column in zip(names, columns, strict=False)}
 
