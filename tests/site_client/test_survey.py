@@ -213,9 +213,8 @@ def test_signs_are_counted_once_a_sort_over_all_files(tmp_path):
     found = survey(tmp_path)
     told = {(one.level, one.where): one.images for one in found.identity}
     assert told == {("identity", "PatientName"): 5, ("identity", "PatientID"): 5}
-    told = found.model_dump(mode="json")
-    assert {one.pop("case") for one in told["each"]} == {f"secret{number}" for number in range(5)}  # so it stays there
-    assert not re.search("Meier|secret", json.dumps(told) + page(found))
+    assert found.patients == 5
+    assert not re.search("Meier|secret", found.model_dump_json() + page(found))
 
 
 def die(item: Item, data: Path) -> Facts:
