@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from multiprocessing import get_context
@@ -84,7 +84,7 @@ def main() -> None:
     console.print(page)
     if not asked.extra:
         config = {"numbers": asked.mutations, "seed": asked.seed, "longest_s": LONGEST_S, "memory_mb": MEMORY_MB}
-        raw = {name: asdict(tally) for name, tally in tallies.items()}
+        raw = {name: vars(tally) for name, tally in tallies.items()}
         console.print(f"{write_measurement('fuzz-ingest', figures, config, raw, page, asked.out)} and .md beside it")
     sys.exit(any(tally.failures for tally in tallies.values()))
 
