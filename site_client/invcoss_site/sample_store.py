@@ -99,8 +99,9 @@ class SampleStore:
 
     def add(self, key: str, images: Float16s | None, notes: Notes) -> None:
         """Take a sample (N, C, *spatial), or the mere notes on one, to be written with the next shard."""
-        self._waiting[key] = images, notes
-        self.waiting_bytes += 0 if images is None else images.nbytes
+        if key not in self._waiting:  # of files that hold the same
+            self._waiting[key] = images, notes
+            self.waiting_bytes += 0 if images is None else images.nbytes
 
     def write(self) -> None:
         """Write what was added as one shard. The caller has made room for it."""
@@ -128,9 +129,9 @@ class SampleStore:
         self._database.commit()
         for shard in self._dispensable():
             if self._room() >= least:
-                return
+                break
             self._drop(shard)
-        if self._room() < least:
+        if least and self._room() < least:
             held, most = self._held(), self._held() + self._room()
             of_disk = self.limit_bytes is None or most < self.limit_bytes
             remedy = f"free space on the disk of {self.shards}" if of_disk else f"raise {setting}"

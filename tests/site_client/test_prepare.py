@@ -11,6 +11,7 @@ from tests.site_client.test_ingest_slide import drawn, write_slide
 
 from invcoss_common.errors import DataError
 from invcoss_common.modality import MODALITIES, Geometry
+from invcoss_site.home import load_home, write_home
 from invcoss_site.ingest import read_samples
 from invcoss_site.inventory import take_inventory
 from invcoss_site.prepare import prepare, sized, sub_volumes, without_background
@@ -221,6 +222,28 @@ def test_what_does_not_fit_is_refused_before_it_is_written_with_the_setting_to_c
         ready(data, tmp_path / "cache", limit_bytes=30 * 48 * 48 * 2)
     assert not list((tmp_path / "cache" / "images" / "shards").iterdir())
     assert len(ready(data, tmp_path / "cache", limit_bytes=40 * 48 * 48 * 2).train) == 30
+
+
+def test_what_is_there_can_be_used_though_the_disk_is_full(tmp_path, monkeypatch):
+    data = folder_of_pictures(tmp_path / "data")
+    ready(data, tmp_path / "cache")
+    monkeypatch.setattr("invcoss_site.sample_store.KEEP_FREE_BYTES", 2**62)
+    assert len(ready(data, tmp_path / "cache").train) == 3
+    picture(data / "0.png", 9)
+    os.utime(data / "0.png", (1, 1))
+    with pytest.raises(DataError, match="free space on the disk of"):
+        ready(data, tmp_path / "cache")
+
+
+def test_a_site_may_limit_its_cache(tmp_path):
+    home = write_home(tmp_path, "north", tmp_path)
+    assert home.cache_gb is None
+    settings = (tmp_path / "site.toml").read_text()
+    (tmp_path / "site.toml").write_text(f"{settings}cache_gb = 1.5\n")
+    assert load_home(tmp_path).cache_gb == 1.5
+    (tmp_path / "site.toml").write_text(f"{settings}cache_gb = 0\n")
+    with pytest.raises(DataError, match=r"site.toml: cache_gb: "):
+        load_home(tmp_path)
 
 
 def test_sub_volumes_of_one_volume_are_stored_once(tmp_path):
