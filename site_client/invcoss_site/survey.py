@@ -26,7 +26,8 @@ from invcoss_site.survey_facts import Facts, Remark, blank, facts_of, unexpected
 from invcoss_site.survey_summary import Survey, summed
 
 TEXT = "text"  # not a modality that is trained on yet, but its files can be surveyed
-INLINE = 200  # images up to which starting processes costs more time than it saves
+INLINE = 600  # images, and bytes of their files, up to which starting a process costs more time than it saves
+INLINE_BYTES = 200 * 2**20
 SHOWN = 24  # thumbnails of usual images, spread over the folder
 SHOWN_ODD = 24  # thumbnails of images of each kind of finding
 
@@ -55,7 +56,7 @@ def take_survey(
     """
     inventory = list_images(data, modality, index, only, labels, layout)
     items = inventory.items
-    jobs = jobs or min(os.cpu_count() or 1, 1 + len(items) // INLINE)
+    jobs = jobs or _jobs(items)
     chosen = {round(n * (len(items) - 1) / (SHOWN - 1)) for n in range(SHOWN)} if items else set()
     odd: Counter[str] = Counter()
     each = []
@@ -145,6 +146,12 @@ def _looked_at(look: Look, items: Sequence[Item], jobs: int, data: Path) -> Iter
                 yield facts
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _jobs(items: Sequence[Item]) -> int:
+    """As many processes as pay: each imports libraries for seconds."""
+    size_bytes = sum(path.stat().st_size for item in items for path in item.files if path.exists())
+    return min(os.cpu_count() or 1, 1 + len(items) // INLINE + size_bytes // INLINE_BYTES)
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
