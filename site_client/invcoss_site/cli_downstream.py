@@ -62,6 +62,7 @@ def finetune(
     precision: Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="auto: bf16 on a GPU")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="processes that prepare batches")] = 0,
     keep_mb: Annotated[float, typer.Option(min=0, help="MB of memory to keep cases in that were read")] = 1000.0,
+    overlays: Annotated[bool, typer.Option(help="a picture of each segmented test case")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a pre-trained model for a labelled task, test it, and write predictions; nothing is sent."""
@@ -87,7 +88,7 @@ def finetune(
     results: dict[str, list[Result]] = {}
     for one in tasks:
         if one.name in found:
-            results[one.name] = _run(one, found[one.name], start, out / one.name, numbers, machine)
+            results[one.name] = _run(one, found[one.name], start, out / one.name, numbers, machine, overlays)
     rows = {one.name: row(results[one.name]) if one.name in results else None for one in tasks}
     values = as_values(tasks, rows, results)
     note = (
@@ -208,7 +209,13 @@ def _found(tasks: Sequence[Task], folders: dict[str, Path], start: Start) -> dic
 
 
 def _run(
-    task: Task, cases: tuple[Case, ...], start: Start, folder: Path, seeds: Sequence[int], machine: Machine
+    task: Task,
+    cases: tuple[Case, ...],
+    start: Start,
+    folder: Path,
+    seeds: Sequence[int],
+    machine: Machine,
+    overlays: bool,
 ) -> list[Result]:
     """One result a seed, with progress on stderr."""
     from invcoss_site.downstream.finetune import begun, finetune, look_through
@@ -234,7 +241,8 @@ def _run(
             def on_tested(done: int, of: int, line=line, seed=seed) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
                 bar.update(line, description=f"{title}, seed {seed}: testing", completed=done, total=of, detail="")
 
-            results.append(finetune(task, cases, start, place, seed, machine, on_step, on_tested))
+            done = finetune(task, cases, start, place, seed, machine, on_step, on_tested, overlays=overlays)
+            results.append(done)
             bar.remove_task(line)
     return results
 

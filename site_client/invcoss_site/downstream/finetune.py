@@ -93,8 +93,12 @@ def finetune(
     machine: Machine,
     on_progress: Callable[[Standing], None] = lambda _standing: None,
     on_tested: Callable[[int, int], None] = lambda _done, _of: None,
+    *,
+    overlays: bool = True,
 ) -> Result:
     """Train, pick, test and write the predictions of one seed into `folder`; one that is done there is only read.
+
+    `overlays` are pictures of segmented cases, about three a second.
 
     A folder of an interrupted run is gone on with. Raises PlanError if it holds a run with other settings, and what
     reading the cases and the weights raises.
@@ -121,7 +125,7 @@ def finetune(
         validate=validate if task.picked == "best" else None,
         on_progress=on_progress,
     )
-    tested = _test(model, of_split(cases, "test"), read, machine, folder / PREDICTIONS, on_tested)
+    tested = _test(model, of_split(cases, "test"), read, machine, folder / PREDICTIONS, on_tested, overlays)
     result = Result(
         task=task.name,
         seed=seed,
@@ -251,6 +255,7 @@ def _test(
     machine: Machine,
     folder: Path,
     on_tested: Callable[[int, int], None],
+    overlays: bool,
 ) -> list[CaseResult]:
     """Predict the test cases, write that down in `folder`, and give what they are scored by."""
     task = model.task
@@ -266,7 +271,8 @@ def _test(
         example = read(case)
         masks = predicted(model, example, machine, flips=task.flips)
         write_masks(folder / "masks", task, case, example, masks)
-        write_overlay(folder / "overlays" / f"{file_name(case)}.png", task, case, example, masks)
+        if overlays:
+            write_overlay(folder / "overlays" / f"{file_name(case)}.png", task, case, example, masks)
         truth = example.target.numpy() > 0.5
         scores = mask_scores(masks, truth, task.classes, example.spacing_mm, plus_one=task.dice_plus_one)
         tested.append(CaseResult(id=case.id, patient=case.patient, scores=scores))
