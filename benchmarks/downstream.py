@@ -170,7 +170,9 @@ Pre-trained minus random, mean over tasks of the mean of what should be high (AC
 three levels: tasks, seeds of each task, test patients of each task, the same for both models.
 
 Sentence roles: the plan has no text stage. What is reused there is the trunk alone, trained on images, behind a
-random table of tokens. Nuclei: the tiles are split anew by patient, as their own split leaves no test cases here; pre-training therefore saw
+random table of tokens.
+
+Nuclei: the tiles are split anew by patient, as their own split leaves no test cases here; pre-training therefore saw
 the test tiles, without their masks. No other test image was seen in it. CT segmentation has one test volume and CT
 classification few test patients: their intervals say little. The lung masks were made by programs, not by experts.
 
