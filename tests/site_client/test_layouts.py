@@ -17,6 +17,7 @@ from invcoss_site.ingest import read_samples
 from invcoss_site.inventory import list_images, split_of, take_inventory
 from invcoss_site.layouts import LAYOUTS
 from invcoss_site.prepare import prepare
+from invcoss_site.survey import take_survey
 
 FILM, CT, MRI, SLIDE = (MODALITIES[name] for name in ("xray", "ct", "mri", "pathology"))
 CUBE = Modality(ndim=3, channels=1, normalisation="range")
@@ -402,3 +403,13 @@ def test_a_site_names_its_layout(tmp_path):
     home = load_home(tmp_path)
     medmnist(tmp_path)
     assert len(take_inventory(home.data, FILM, home.index, home.only, layout=home.layout).items) == 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_survey_of_a_published_set(layout, tmp_path):
+    make, modality = SETS[layout]
+    make(tmp_path)
+    survey = take_survey(tmp_path, "any", modality, (), (), layout, jobs=1)
+    held_out = sum(item.held_out for item in list_images(tmp_path, modality, layout=layout).items)
+    assert survey.images.heldout == held_out * (4 if layout == "tcga" else 1)
+    assert not survey.quarantined
