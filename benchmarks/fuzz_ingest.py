@@ -252,7 +252,8 @@ def page_of(tallies: dict[str, Tally], figures: dict[str, float], seed: int) -> 
             "site reads it, from the inventory to the values that the model gets. It must be read, or be quarantined "
             f"with a reason that names it in one line, within {LONGEST_S:g} s of processor time and {MEMORY_MB:.0f} MB "
             "of the whole process, Python and PyTorch included. Whole files, and files with another comment, must be "
-            f"read. Seed {seed}.",
+            f"read. Seed {seed}. By the clock, which also counts what else the machine does, the longest took "
+            f"{figures['longest_wait_s']:.1f} s.",
             "",
             "Of what is read after an edit, nobody says that it is what it was: a pixel that changed is a pixel. "
             f"Edits: {', '.join(f'{count} {name}' for name, count in edits.most_common())}. `header`: a field of the "
