@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ WAYS = {
     "reading": "reading each time",
 }
 
-PROCESSES = multiprocessing.get_context("fork")  # which have imported everything
+PROCESSES = multiprocessing.get_context("fork")  # they have imported everything; here torch only that, for its threads
 
 Volume = npt.NDArray[np.int16]
 
@@ -155,10 +157,9 @@ def picture(seed: int, side: int, channels: int) -> npt.NDArray[np.uint8]:
     """Blobs of all sizes with some noise: about as compressible as a photograph."""
     random = np.random.default_rng(seed)
     values = np.zeros((side, side, channels), np.float32)
-    for cells in (4, 16, 64):
-        coarse = torch.from_numpy(random.normal(0, 1, (1, channels, cells, cells)).astype(np.float32))
-        fine = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")[0]
-        values += fine.permute(1, 2, 0).numpy()
+    for channel, cells in product(range(channels), (4, 16, 64)):
+        coarse = Image.fromarray(random.normal(0, 1, (cells, cells)).astype(np.float32))
+        values[..., channel] += np.asarray(coarse.resize((side, side), Image.Resampling.BILINEAR))
     values += random.normal(0, 0.05, values.shape).astype(np.float32)
     out: npt.NDArray[np.uint8] = (128 + 40 * values).clip(0, 255).astype(np.uint8)
     return out[..., 0] if channels == 1 else out
@@ -334,13 +335,18 @@ def measure_recheck(data: Path, work: Path) -> dict[str, Any]:
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
+def _send(sender: Connection, measure: Callable[..., dict[str, Any]], *arguments: object) -> None:
+    torch.set_num_threads(1)
+    sender.send(measure(*arguments))
+
+
 def apart(times: int, measure: Callable[..., dict[str, Any]], *arguments: object, work: Path) -> list[dict[str, Any]]:
     """Measurements, each in a process of its own, with an empty folder to keep things in as the last argument."""
     found = []
     for _ in range(times):
         receiver, sender = PROCESSES.Pipe(duplex=False)
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            process = PROCESSES.Process(target=lambda to=sender, kept=folder: to.send(measure(*arguments, Path(kept))))
+            process = PROCESSES.Process(target=_send, args=(sender, measure, *arguments, Path(folder)))
             process.start()
             sender.close()
             found.append(receiver.recv())
@@ -379,7 +385,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--volumes", type=int, default=24, help="NIfTI files")
     parser.add_argument("--series", type=int, default=5, help="DICOM series of 96 slices")
