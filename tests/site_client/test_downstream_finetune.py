@@ -82,7 +82,7 @@ def test_a_published_task_trains_validates_tests_and_saves_what_it_predicts(tmp_
     tests = of_split(cases, "test")
     assert [case.id for case in result.cases] == [case.id for case in tests]
     assert set(result.scores) >= ({"dice", "hd95_voxels"} if task.kind == "segment" else {"acc", "auc", "f1"})
-    assert (out / BEST).exists() == (task.picked == "best") and (out / LAST).exists()
+    assert (out / BEST).exists() == (task.picked == "best") == (result.validation is not None)
     if task.kind == "classify":
         rows = list(csv.DictReader((out / "predictions/classes.csv").read_text().splitlines()))
         assert [row["id"] for row in rows] == [case.id for case in tests]
@@ -325,9 +325,18 @@ def test_all_gives_a_table_that_says_which_rows_have_no_data(tmp_path, weights):
 
 def result(task, seed, scores):
     return Result(
-        task=task, seed=seed, random_init=False, steps=1, picked_step=1, train_seconds=1, images_per_s=1, scores={},
+        task=task,
+        seed=seed,
+        random_init=False,
+        lr=1e-4,
+        steps=1,
+        picked_step=1,
+        validation=None,
+        train_seconds=1,
+        images_per_s=1,
+        scores={},
         cases=tuple(CaseResult(id=str(n), patient=str(n), scores=each) for n, each in enumerate(scores)),
-    )  # fmt: skip
+    )
 
 
 def test_a_row_is_the_mean_of_its_seeds_and_the_averages_are_over_all_values():

@@ -60,13 +60,18 @@ class CaseResult(_Kept):
 
 
 class Result(_Kept):
-    """What came of one fine-tuning. `scores` are value, lower and upper end of the interval; null is not defined."""
+    """What came of one fine-tuning. `scores` are value, lower and upper end of the interval; null is not defined.
+
+    `validation` is the score that its weights were picked by (`train.total`), if they were.
+    """
 
     task: str
     seed: int
     random_init: bool
+    lr: float
     steps: int
     picked_step: int
+    validation: float | None
     train_seconds: float
     images_per_s: float
     scores: dict[str, tuple[float | None, float | None, float | None]]
@@ -130,8 +135,10 @@ def finetune(
         task=task.name,
         seed=seed,
         random_init=start.random_init,
+        lr=task.lr,
         steps=standing.steps,
         picked_step=standing.best_step or standing.steps,
+        validation=standing.best if standing.best_step else None,
         train_seconds=standing.train_seconds,
         images_per_s=standing.images_per_s,
         scores={},
