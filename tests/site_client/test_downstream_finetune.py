@@ -136,6 +136,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, weights):
         task, cases, Start(weights), tmp_path / "killed", 7, CPU, lambda standing: steps.append(standing.step)
     )
     assert steps == [3, 4, 5, 6]
+    events = EventAccumulator(str(tmp_path / "killed" / "tensorboard")).Reload()
+    assert [one.step for one in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]  # each once
     whole = finetune(task, cases, Start(weights), tmp_path / "whole", 7, CPU)
     assert again.cases == whole.cases and again.picked_step == whole.picked_step
     a, b = (load_file(tmp_path / run / LAST) for run in ("killed", "whole"))

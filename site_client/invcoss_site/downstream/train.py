@@ -118,7 +118,7 @@ def fit(
     saved_at = time.monotonic()
     cuda = [machine.device] if machine.device.type == "cuda" else []
     model.train()
-    writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=standing.step or None)
+    writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=standing.step + 1)  # what a killed run told later
     with writer, torch.random.fork_rng(devices=cuda):
         while standing.step < standing.steps:
             began = time.monotonic()
@@ -157,6 +157,7 @@ def fit(
                     standing.best_step = standing.step
                     write_tensors(folder / BEST, model.state_dict())
             if improved or standing.step == standing.steps or time.monotonic() - saved_at > SAVE_EVERY_S:
+                writer.flush()
                 _save(folder / LAST, model, optimiser, standing)
                 saved_at = time.monotonic()
             on_progress(standing)
