@@ -151,7 +151,7 @@ def fit(
                 model.train()
                 for name, score in scores.items():
                     writer.add_scalar(f"validation/{name}", score, standing.step)
-                improved = total(scores) > standing.best
+                improved = total(scores) >= standing.best  # of equal ones the later: few cases are soon all right
                 standing.checks.append((standing.step, total(scores)))
                 if improved:
                     standing.best_step = standing.step
