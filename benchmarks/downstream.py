@@ -190,8 +190,8 @@ def page(
 Nano models. Pre-trained: by `plans/real-small.toml` (X-ray, CT, MRI, pathology, one after the other, with synthetic
 replay). The same heads on random initial weights, with the same seeds and batches. This is a comparison at a small
 scale, not the published recipe: {STEPS["classify"]} steps to classify images, {STEPS["text"]} for sentences and
-{STEPS["segment"]} to segment, at a learning rate that falls from {LR:g}, with small inputs and no mirror images; the last
-weights are tested. Nothing is chosen on validation or test cases; two recipes that were tried before are in
+{STEPS["segment"]} to segment, at a learning rate that falls from {LR:g}, with small inputs and no mirror images; the
+last weights are tested. Nothing is chosen on validation or test cases; two recipes that were tried before are in
 [docs/LOG.md](../LOG.md).
 
     python benchmarks/downstream.py --data DIR
