@@ -502,7 +502,8 @@ and libraries included; "kept" is what lies on disk. Files were in the page cach
 {table(["", "way", "first, s", "second, ms", "4 a volume, ms", "memory, MB", "kept, MB"], ways)}
 
 Second epoch of sub-volumes, NIfTI: {figures["second_epoch_speedup_vs_persistent"]:.1f} times as fast as `PersistentDataset` with one
-sub-volume a volume, {figures["second_epoch_speedup_vs_persistent_4_a_volume"]:.1f} times with four. `CacheDataset` holds everything in memory.
+sub-volume a volume, {figures["second_epoch_speedup_vs_persistent_4_a_volume"]:.1f} times with four. `PersistentDataset` loads a whole volume
+for each, `CacheDataset` copies it (its default); here only the part that is asked for is read from the mapped file.
 
 ## Reading, by format
 
