@@ -207,6 +207,14 @@ def test_asked_again_it_answers_with_the_same_release(home):
     assert (first.model, first.statistics, first.dp) == (second.model, second.statistics, second.dp)
 
 
+def test_the_same_images_in_another_folder_are_the_same_release(home, images, tmp_path):
+    first = run_visit(home)
+    shutil.copytree(images, tmp_path / "moved")
+    second = run_visit(write_home(home.root, "north", tmp_path / "moved", ("labels.csv",)))
+    assert (first.model, first.statistics, first.dp) == (second.model, second.statistics, second.dp)
+    assert len(charged(home.root)) == 1
+
+
 REDONE = {
     "a lost folder": lambda home: [shutil.rmtree(folder) for folder in (home.hop_folder(HOP), home.secrets(HOP))],
     "a lost secret": lambda home: (home.secrets(HOP) / "dp-secret").unlink(),
@@ -221,8 +229,10 @@ def test_a_visit_done_anew_is_another_release_and_is_charged_again(home, images,
     REDONE[why](home)
     handoff = asked(home, sequence=7) if why == "another hand-off" else asked(home)
     if why == "other images":
-        shutil.copytree(images, tmp_path / "moved")
-        home = write_home(home.root, "north", tmp_path / "moved", ("labels.csv",))
+        others = shutil.copytree(images, tmp_path / "others")
+        first_of_them = min(path for path in others.rglob("*.png"))
+        Image.fromarray(255 - np.asarray(Image.open(first_of_them))).save(first_of_them)
+        home = write_home(home.root, "north", others, ("labels.csv",))
     second = run_visit(home, handoff)
     assert len(charged(home.root)) == 2
     assert second.dp.epsilon == privacy.epsilon(charged(home.root), 1e-5) > first.dp.epsilon
