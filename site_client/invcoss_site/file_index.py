@@ -136,9 +136,12 @@ def _digest(path: Path) -> str | None:
 def open_database(file: Path, schema: str) -> sqlite3.Connection:
     """A private SQLite file, made if need be. One that is damaged is begun anew: all in it can be found again."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(file, os.O_CREAT, 0o600))  # SQLite gives its journal the same mode
+    os.close(os.open(file, os.O_CREAT, 0o600))  # SQLite gives its log the same mode
     database = sqlite3.connect(file, timeout=60)
     try:
+        # A commit is then one sync of one file, and without shared memory this works on a network's disk too.
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("PRAGMA journal_mode = WAL")
         database.execute(schema)
         if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
             return database
@@ -147,6 +150,6 @@ def open_database(file: Path, schema: str) -> sqlite3.Connection:
     except sqlite3.DatabaseError:
         pass
     database.close()
-    for part in (file, file.with_name(f"{file.name}-journal")):
-        part.unlink(missing_ok=True)
+    for ending in ("", "-wal"):
+        file.with_name(file.name + ending).unlink(missing_ok=True)
     return open_database(file, schema)

@@ -66,7 +66,8 @@ class SampleStore:
         self._waiting: dict[str, tuple[Float16s | None, Notes]] = {}
         self.waiting_bytes = 0
         (last,) = self._database.execute("SELECT coalesce(max(used), 0) FROM samples").fetchone()
-        self._turn = last + 1  # a sample with this number has been asked for since the store was opened
+        self._turn = last + 1  # number of samples that were asked for since the store was opened
+        self._asked: dict[str, int] = {}  # and what number they had
         self._tidy()
 
     def __enter__(self) -> SampleStore:
@@ -75,6 +76,9 @@ class SampleStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        numbers = self._asked.values()
+        if min(numbers, default=self._turn) < max([self._turn - 1, *numbers]):  # else they are the latest as it is
+            self._note_asked()
         self._database.commit()
         self._database.close()
         os.close(self._lock)
@@ -91,11 +95,18 @@ class SampleStore:
     def find(self, *keys: str) -> Entry | None:
         """The sample under the first of `keys` that is known; it will not have to make room for others."""
         for key in keys:
-            row = self._database.execute("SELECT shard, shape, notes FROM samples WHERE key = ?", (key,)).fetchone()
+            row = self._database.execute(
+                "SELECT shard, shape, notes, used FROM samples WHERE key = ?", (key,)
+            ).fetchone()
             if row:
-                self._database.execute("UPDATE samples SET used = ? WHERE key = ?", (self._turn, key))
+                self._asked[key] = row[3]
                 return Entry(key, row[0], tuple(json.loads(row[1])), json.loads(row[2]))
         return None
+
+    def _note_asked(self) -> None:
+        self._database.executemany(
+            "UPDATE samples SET used = ? WHERE key = ?", [(self._turn, key) for key in self._asked]
+        )
 
     def add(self, key: str, images: Float16s | None, notes: Notes) -> None:
         """Take a sample (N, C, *spatial), or the mere notes on one, to be written with the next shard."""
@@ -126,11 +137,12 @@ class SampleStore:
 
         Raises DataError that names `setting`, and `likely`, what is needed by all that is known.
         """
-        self._database.commit()
-        for shard in self._dispensable():
-            if self._room() >= least:
-                break
-            self._drop(shard)
+        if self._room() < least:
+            self._note_asked()
+            for shard in self._dispensable():
+                if self._room() >= least:
+                    break
+                self._drop(shard)
         if least and self._room() < least:
             held, most = self._held(), self._held() + self._room()
             of_disk = self.limit_bytes is None or most < self.limit_bytes
