@@ -48,7 +48,7 @@ from torch import Tensor
 
 from invcoss_common.modality import MODALITIES, Geometry, Modality
 from invcoss_site.batches import TrainingBatches, batch_loader, random_crop, resize
-from invcoss_site.file_index import FileIndex
+from invcoss_site.file_index import open_index
 from invcoss_site.ingest import read_samples
 from invcoss_site.ingest.text import read_texts
 from invcoss_site.ingest.values import model_values
@@ -310,7 +310,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 def measure_index(data: Path, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with FileIndex(work / "files.sqlite") as index:
+    with open_index(work / "files.sqlite") as index:
         for name in ("first", "again"):
             with Meter() as meter:
                 found["files"] = sum(digest is not None for digest in index.digests(walk(data)))

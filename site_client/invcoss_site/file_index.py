@@ -10,10 +10,9 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from invcoss_common.canonical import sha256_file
@@ -48,19 +47,18 @@ def stamp_of(path: Path) -> Stamp | None:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1))  # SQLite's numbers are signed
 
 
+@contextmanager
+def open_index(file: Path) -> Iterator[FileIndex]:
+    """The index in the SQLite file `file` (0600, in a folder 0700)."""
+    with closing(open_database(file, _SCHEMA)) as database:
+        yield FileIndex(database)
+
+
 class FileIndex:
-    """The digests of files, kept in the SQLite file `file` (0600, in a folder 0700)."""
+    """The digests of files; `open_index` opens one."""
 
-    def __init__(self, file: Path) -> None:
-        self._database = open_database(file, _SCHEMA)
-
-    def __enter__(self) -> FileIndex:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._database.close()
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
 
     def digests(self, paths: Iterable[Path]) -> Iterator[str | None]:
         """The sha256 of each file in order; None for one that can't be read, or that changes meanwhile.

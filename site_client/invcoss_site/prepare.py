@@ -28,12 +28,12 @@ from invcoss_common.canonical import sha256_hex
 from invcoss_common.errors import DataError, UnreadableFile
 from invcoss_common.modality import Geometry, Modality
 from invcoss_site.batches import FOREGROUND
-from invcoss_site.file_index import FileIndex
+from invcoss_site.file_index import FileIndex, open_index
 from invcoss_site.ingest import read_samples
 from invcoss_site.ingest.sample import Finding
 from invcoss_site.ingest.values import Values, model_values, resample
 from invcoss_site.inventory import Inventory, Item
-from invcoss_site.sample_store import SHARD_BYTES, Entry, Float16s, SampleStore, StoredImages
+from invcoss_site.sample_store import SHARD_BYTES, Entry, Float16s, SampleStore, StoredImages, open_store
 
 RECIPE = 5  # raise it when the same files give other images or notes: what was stored is then not used
 MARGIN = 1.5  # side of a stored training picture over the input's, so that random crops need little enlarging
@@ -108,7 +108,7 @@ def prepare(
     recipe, tell = Recipe(modality, geometry, spacing_mm), on_file or (lambda _done, _of: None)
     folder = cache / "images"
     _remove_old(cache)
-    with SampleStore(folder, limit_bytes) as store, FileIndex(folder / "files.sqlite") as index:
+    with open_store(folder, limit_bytes) as store, open_index(folder / "files.sqlite") as index:
         keys = _keys(inventory.items, recipe, index, tell)
         known = [_find(store, item, key) for item, key in zip(inventory.items, keys, strict=True)]
         missing = [place for place, entry in enumerate(known) if entry is None]

@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -49,39 +50,35 @@ class Entry:
     notes: Notes
 
 
-class SampleStore:
-    """The store in `folder` (0700), for one process at a time: another one waits. Use it in a `with` block.
+@contextmanager
+def open_store(folder: Path, limit_bytes: int | None = None) -> Iterator[SampleStore]:
+    """The store in `folder` (0700), for one process at a time: another one waits. Whatever happens, it is let go.
 
     All its shards together hold `limit_bytes` at most, and leave KEEP_FREE_BYTES of the disk; None: only the latter.
     """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "shards").mkdir(mode=0o700, exist_ok=True)
+    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with closing(open_database(folder / "samples.sqlite", _SCHEMA)) as database:
+            store = SampleStore(folder / "shards", limit_bytes, database)
+            try:
+                yield store
+            finally:
+                store.finish()
 
-    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
-        self.shards = folder / "shards"
-        self.limit_bytes = limit_bytes
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.shards.mkdir(mode=0o700, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._database = open_database(folder / "samples.sqlite", _SCHEMA)
+
+class SampleStore:
+    """An open store; `open_store` opens one."""
+
+    def __init__(self, shards: Path, limit_bytes: int | None, database: sqlite3.Connection) -> None:
+        self.shards, self.limit_bytes, self._database = shards, limit_bytes, database
         self._waiting: dict[str, tuple[Float16s | None, Notes]] = {}
         self.waiting_bytes = 0
         (last,) = self._database.execute("SELECT coalesce(max(used), 0) FROM samples").fetchone()
         self._turn = last + 1  # number of samples that were asked for since the store was opened
         self._asked: dict[str, int] = {}  # and what number they had
         self._tidy()
-
-    def __enter__(self) -> SampleStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        numbers = self._asked.values()
-        if min(numbers, default=self._turn) < max([self._turn - 1, *numbers]):  # else they are the latest as it is
-            self._note_asked()
-        self._database.commit()
-        self._database.close()
-        os.close(self._lock)
 
     def _tidy(self) -> None:
         """Forget samples whose shard is gone, and remove files that no sample is in, such as a kill leaves."""
@@ -102,6 +99,13 @@ class SampleStore:
                 self._asked[key] = row[3]
                 return Entry(key, row[0], tuple(json.loads(row[1])), json.loads(row[2]))
         return None
+
+    def finish(self) -> None:
+        """Write down which samples were asked for, unless they are the latest as it is."""
+        numbers = self._asked.values()
+        if min(numbers, default=self._turn) < max([self._turn - 1, *numbers]):
+            self._note_asked()
+        self._database.commit()
 
     def _note_asked(self) -> None:
         self._database.executemany(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from invcoss_common.modality import Geometry
 from invcoss_site.batches import TrainingBatches, batch_loader, random_crop, whole_images
-from invcoss_site.sample_store import SampleStore, StoredImages
+from invcoss_site.sample_store import StoredImages, open_store
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
 
@@ -134,7 +134,7 @@ def parts(tmp_path):
     """Eight windows of CT's size in one volume whose values say where they are; a far corner is empty."""
     volume = np.arange(0x2E00, 0x2E00 + 8 * 16 * 24, dtype=np.uint16).view(np.float16).reshape(1, 1, 8, 16, 24).copy()
     volume[..., 12:] = 0
-    with SampleStore(tmp_path) as store:
+    with open_store(tmp_path) as store:
         store.add("volume", volume, {})
         store.write()
         (shard,) = store.shards.iterdir()
@@ -163,7 +163,7 @@ def test_a_sub_volume_is_not_moved_into_the_background(tmp_path):
     volume = np.zeros((1, 1, 4, 8, 24), np.float16)
     volume[..., :9] = np.random.default_rng(0).random((4, 8, 9))
     volume[..., 9:] = 0.5
-    with SampleStore(tmp_path) as store:
+    with open_store(tmp_path) as store:
         store.add("volume", volume, {})
         store.write()
         (shard,) = store.shards.iterdir()

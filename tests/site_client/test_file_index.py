@@ -8,7 +8,7 @@ import pytest
 
 from invcoss_common.canonical import sha256_hex
 from invcoss_site import file_index
-from invcoss_site.file_index import FileIndex
+from invcoss_site.file_index import open_index
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def files(folder, count=5):
 
 
 def digests(folder, paths):
-    with FileIndex(folder / "cache" / "files.sqlite") as index:
+    with open_index(folder / "cache" / "files.sqlite") as index:
         return list(index.digests(paths))
 
 
@@ -75,7 +75,7 @@ def test_files_that_are_gone_or_can_not_be_read_have_no_digest(tmp_path):
 
 def test_deleted_files_are_forgotten(tmp_path):
     paths = files(tmp_path / "data")
-    with FileIndex(tmp_path / "files.sqlite") as index:
+    with open_index(tmp_path / "files.sqlite") as index:
         list(index.digests(paths))
         assert len(index) == 5
         paths[0].unlink()
@@ -118,11 +118,11 @@ def dies(path):
     known.append(path)
     return sha256_file(path) if len(known) < 12 else os._exit(9)
 file_index.sha256_file = dies
-with file_index.FileIndex(Path({str(tmp_path / "cache" / "files.sqlite")!r})) as index:
+with file_index.open_index(Path({str(tmp_path / "cache" / "files.sqlite")!r})) as index:
     list(index.digests(Path({str(tmp_path / "data")!r}).iterdir()))
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
-    with FileIndex(tmp_path / "cache" / "files.sqlite") as index:
+    with open_index(tmp_path / "cache" / "files.sqlite") as index:
         kept = len(index)
         assert None not in index.digests(paths)
     assert kept + len(read) == 20

@@ -8,7 +8,7 @@ import pytest
 
 from invcoss_common.errors import DataError
 from invcoss_site import sample_store
-from invcoss_site.sample_store import SampleStore, StoredImages
+from invcoss_site.sample_store import StoredImages, open_store
 
 
 def values(seed, count=1):
@@ -20,7 +20,7 @@ SIZE = values(0).nbytes
 
 def fill(folder, keys, limit=None, wanted=()):
     """One shard with a sample for each key, after those `wanted` were asked for."""
-    with SampleStore(folder, limit) as store:
+    with open_store(folder, limit) as store:
         for key in wanted:
             assert store.find(key)
         for key in keys:
@@ -31,7 +31,7 @@ def fill(folder, keys, limit=None, wanted=()):
 
 def known(folder):
     """The keys in the store whose values are as they were stored."""
-    with SampleStore(folder) as store:
+    with open_store(folder) as store:
         found = [store.find(key) for key in "abcdefghijklmnop"]
         for entry in found:
             if entry:
@@ -53,10 +53,10 @@ def test_samples_are_found_again_with_their_notes(tmp_path):
 
 
 def test_a_sample_may_have_notes_only(tmp_path):
-    with SampleStore(tmp_path) as store:
+    with open_store(tmp_path) as store:
         store.add("bad", None, {"why": "truncated"})
         store.write()
-    with SampleStore(tmp_path) as store:
+    with open_store(tmp_path) as store:
         entry = store.find("none", "bad")
         assert entry and (entry.shard, entry.shape, entry.notes) == ("", (), {"why": "truncated"})
     assert not list((tmp_path / "shards").iterdir())
@@ -109,7 +109,7 @@ def test_a_full_disk_is_refused_by_name(tmp_path, monkeypatch):
 
 
 def test_only_one_process_has_the_store(tmp_path):
-    with SampleStore(tmp_path), (tmp_path / "lock").open("r+") as lock, pytest.raises(BlockingIOError):
+    with open_store(tmp_path), (tmp_path / "lock").open("r+") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -119,7 +119,7 @@ def volumes(tmp_path):
     arrays = {
         name: np.random.default_rng(i).random((1, 1, 6, 10, 12)).astype(np.float16) for i, name in enumerate("vw")
     }
-    with SampleStore(tmp_path) as store:
+    with open_store(tmp_path) as store:
         for name, array in arrays.items():
             store.add(name, array, {})
         store.write()
