@@ -524,7 +524,7 @@ changed, {recheck[0]["one_more"]:.2f} s with one more (one run).
 ## What else ran
 
 The machine was shared: its load average was {min(load):.1f} to {max(load):.1f} on {os.cpu_count()} cores during the {seconds / 60:.0f} minutes that this took, so
-seconds are too long; ways were measured in turns, so that this fell on all of them.
+what is above its own use made seconds longer; ways were measured in turns, so that this fell on all of them.
 """  # noqa: E501 - the lines of the page
     config: dict[str, object] = {
         "counts": counts,
