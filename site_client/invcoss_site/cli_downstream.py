@@ -104,7 +104,9 @@ def finetune(
     console.print(terminal_table(tasks, rows))
     for one in tasks:
         if one.name not in results:
-            console.print(f"{one.title}: no data; there is no folder {folders[one.name]}", highlight=False)
+            console.print(
+                f"{one.title}: no data; there is no folder {folders[one.name]}", highlight=False, soft_wrap=True
+            )
     print(f"{place}: table.json, table.md; predictions, checkpoints and tensorboard/ by seed. They stay here.")
 
 

@@ -67,6 +67,8 @@ def bundle(request, bundles, monkeypatch):
     """One bundle, as a program sees it that has its folder on the path."""
     folder = bundles / request.param
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the bundle stays as it was exported
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     yield folder
     for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
         del sys.modules[name]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -131,6 +132,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, weights):
     assert killed.returncode == -signal.SIGKILL
     assert load_file(tmp_path / "killed" / LAST)["counters"][0] == 2  # one step was lost
     cases = find_cases(task, tmp_path / "data")
+    time.sleep(1)  # TensorBoard orders its files by the second; starting a program anew takes longer
     steps = []
     again = finetune(
         task, cases, Start(weights), tmp_path / "killed", 7, CPU, lambda standing: steps.append(standing.step)
