@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -27,6 +26,7 @@ from invcoss_common.artefacts import ArtefactStore
 from invcoss_common.canonical import canonical_json, write_atomic
 from invcoss_common.config import Plan
 from invcoss_common.metrics import METRICS
+from invcoss_common.pages import templates
 from invcoss_common.pools import first_images
 from invcoss_common.records import Artefact, Release
 from invcoss_server.pool import contact_sheet, slices_sheet
@@ -150,13 +150,7 @@ def _page(plan: Plan, state: RunState, store: ArtefactStore, hops: Sequence[Hop]
     pools = {number: release.released for number, release in audits.items()}
     if not plan.relay.audit:
         pools = {stage.number: stage.pool for stage in stages}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("invcoss_server", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("invcoss_server")
     environment.filters["duration"] = duration
     return environment.get_template(f"{HTML}.j2").render(
         plan=plan,

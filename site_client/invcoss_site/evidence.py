@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import jinja2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field
 
@@ -20,6 +19,7 @@ from invcoss_common.chain import Head, Record, now, records, verify
 from invcoss_common.errors import ChainError, DataError, ProtocolError
 from invcoss_common.keys import fingerprint, key_digest, parse_signing_key
 from invcoss_common.metrics import METRICS
+from invcoss_common.pages import templates
 from invcoss_common.records import HandOff, from_bytes
 from invcoss_site.enrol import read_join
 from invcoss_site.handoffs import has_joined
@@ -102,13 +102,7 @@ def write(home: SiteHome, evidence: Evidence) -> Path:
     page = home.root / "evidence" / f"{evidence.run}-s{evidence.stage:02d}.html"
     content = canonical_json(evidence.model_dump(mode="json"))
     write_atomic(page.with_suffix(".json"), content)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("invcoss_site", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("invcoss_site")
     template = environment.get_template("evidence.html.j2")
     html = template.render(evidence=evidence, metrics=METRICS, content=sha256_hex(content))
     write_atomic(page, html.encode())

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import jinja2
 from rich.console import Console
 from rich.table import Table
 
 from invcoss_common import __version__
+from invcoss_common.pages import templates
 from invcoss_site.survey import SHOWN, SHOWN_ODD
 from invcoss_site.survey_facts import Facts, Remark
 from invcoss_site.survey_summary import Survey
@@ -81,13 +81,7 @@ def groups(remarks: Iterable[Remark], survey: Survey) -> list[Group]:
 
 def page(survey: Survey) -> str:
     """The survey as one self-contained page of HTML; it names files and shows images, so it stays at the site."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("invcoss_site", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("invcoss_site")
     environment.filters["base64"] = lambda blob: base64.b64encode(blob).decode()
     usual = [one for one in survey.each if one.thumbnail and one.images]
     step = max(1, len(usual) / SHOWN)
